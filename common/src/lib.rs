@@ -1,9 +1,54 @@
 //! The repository contract of Backstay: what both programs must agree on.
+//!
+//! ```text
+//! postgres ── stream ─► wal (decode) ─► span ─┐
+//!    └─ data files: control, page ─► snapshot ─┤─► seal ─► location
+//!                               keys ─ epoch ──┘   (header, frames, footer, trailer)
+//! location ─ listing ─► catalog ─► the same, backwards
+//! ```
+//!
+//! In the order in which data meets them:
+//!
+//! | module | what it is |
+//! |---|---|
+//! | [`error`] | what went wrong, and what the caller does about it |
+//! | [`lsn`], [`segment`], [`pgtime`], [`id`] | PostgreSQL's positions, timelines, clock; identities |
+//! | [`config`] | the TOML file, resolved, with every fault at once |
+//! | [`postgres`] | the one connection: SQL and replication |
+//! | [`control`], [`page`] | `pg_control`, and data pages with their checksums |
+//! | [`wal`] | the decoder: pages, records, and the events that recovery targets need |
+//! | [`name`] | the one place where names of stored objects are spelt |
+//! | [`keys`] | epochs, and the providers that wrap their keys |
+//! | [`seal`], [`cbor`], [`pool`] | the envelope of every object; encoded metadata; where codecs run |
+//! | [`cluster`], [`origin`], [`span`], [`head`] | the marker of a location; branches; stored WAL; idle coverage |
+//! | [`snapshot`] | file maps, file table, manifest |
+//! | [`location`] | one object store that holds a complete copy |
+//! | [`catalog`] | what is in the locations, once listed |
+//!
+//! [`format`](mod@format) has every byte.
 
+pub mod catalog;
+pub mod cbor;
+pub mod cluster;
+pub mod config;
+pub mod control;
 pub mod error;
+pub mod format;
+pub mod head;
 pub mod id;
+pub mod keys;
+pub mod location;
 pub mod lsn;
 pub mod name;
+pub mod origin;
+pub mod page;
+pub mod pgtime;
+pub mod pool;
+pub mod postgres;
+pub mod seal;
 pub mod segment;
+pub mod snapshot;
+pub mod span;
+pub mod wal;
 
 pub use error::{Context, Error, Kind, Result};

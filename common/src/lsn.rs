@@ -52,7 +52,8 @@ impl Lsn {
         Lsn(self.0.saturating_add(unit - 1)).align_down(unit)
     }
 
-    /// This position and `bytes` more. Saturates.
+    /// This position and `bytes` more. Saturates, which `+` would not suggest.
+    #[allow(clippy::should_implement_trait)]
     pub fn add(self, bytes: u64) -> Lsn {
         Lsn(self.0.saturating_add(bytes))
     }

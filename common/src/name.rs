@@ -88,6 +88,18 @@ impl ObjectName {
     }
 }
 
+impl ObjectName {
+    /// The id at the end of the name, where there is one: the first eight bytes of the object's salt.
+    pub fn id(&self) -> Option<ObjectId> {
+        match self {
+            ObjectName::Wrap { wrap: id, .. }
+            | ObjectName::Wal { id, .. }
+            | ObjectName::Pack { id, .. } => Some(*id),
+            _ => None,
+        }
+    }
+}
+
 impl fmt::Display for ObjectName {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {

@@ -1,0 +1,255 @@
+//! A location: one object store that holds a complete copy.
+//!
+//! Everything that is stored goes through here, and so does everything that is read.
+//!
+//! ```text
+//! location.rs        settings, open, names and limits
+//! location/url       the URL, taken apart
+//! location/s3        S3 clients, their timeouts and retries
+//! location/disk      what a folder needs: no root made by accident, directory entries synced
+//! location/put       create-if-absent, and finding out what became of a write
+//! location/get       whole objects, ranges, sizes
+//! location/list      listings, deletion
+//! location/probe     does the store keep the promises that the layout needs?
+//! location/fault     a store's answers as kinds, reasons and remedies
+//! ```
+//!
+//! What always holds: an object is written once, with one request, and never written over. When
+//! `put` says so, the object is durable, whole, and equal to what was given, whoever wrote it. A
+//! crash leaves the object there whole, or not at all; in a folder it may also leave `<name>#<n>`,
+//! a copy that was not yet published and that no listing shows.
+
+#[cfg(any(test, feature = "testing"))]
+pub mod conformance;
+mod disk;
+mod fault;
+mod get;
+mod list;
+mod probe;
+mod put;
+mod s3;
+mod secret;
+mod url;
+
+pub use list::Listed;
+pub use probe::Probe;
+pub use put::{Put, PutNew};
+pub use secret::Secret;
+
+use crate::error::{Context, Error, Kind, Result};
+use crate::id::LocationName;
+use crate::name::ObjectName;
+use bytes::Bytes;
+use disk::Disk;
+use object_store::ObjectStore;
+use object_store::local::LocalFileSystem;
+use object_store::path::Path;
+use std::fmt;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// The largest object that is written, and that is read in one piece, in bytes.
+pub const OBJECT_BYTES_MAX: u64 = 64 << 20;
+
+/// What each request gets at least.
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(60);
+/// The least speed that a store is waited for, in bytes per second.
+const SPEED_MIN: u64 = 1_000_000;
+
+/// What the config says of a location.
+#[derive(Clone, Debug)]
+pub struct LocationSettings {
+    pub name: LocationName,
+    /// `s3://bucket/prefix` or `file:///folder`.
+    pub url: String,
+    /// Another S3 server than Amazon's, as an http or https URL.
+    pub endpoint: Option<String>,
+    pub region: Option<String>,
+    /// Without it, credentials come from the environment: variables, web identity, container,
+    /// instance.
+    pub access_key_id: Option<String>,
+    pub secret_access_key: Option<Secret>,
+    pub session_token: Option<Secret>,
+    /// PEM certificates to trust besides the system's.
+    pub ca_file: Option<PathBuf>,
+    /// Whether the endpoint may be without TLS.
+    pub allow_http: bool,
+    /// `https://endpoint/bucket/key` if true (the default), `https://bucket.endpoint/key` if false.
+    pub path_style: Option<bool>,
+    /// What each request gets, besides the time for its bytes at 1 MB/s. A connection that
+    /// is silent for half of it while answering is given up.
+    pub request_timeout: Duration,
+}
+
+impl LocationSettings {
+    /// A name and a URL, and the defaults for everything else.
+    pub fn new(name: LocationName, url: impl Into<String>) -> LocationSettings {
+        LocationSettings {
+            name,
+            url: url.into(),
+            endpoint: None,
+            region: None,
+            access_key_id: None,
+            secret_access_key: None,
+            session_token: None,
+            ca_file: None,
+            allow_http: false,
+            path_style: None,
+            request_timeout: REQUEST_TIMEOUT,
+        }
+    }
+}
+
+/// One object store that holds a complete copy. Clones share connections.
+///
+/// Every future here may be dropped at any time. A write that is dropped may or may not have
+/// happened; `put` again finds out.
+#[derive(Clone)]
+pub struct Location(Arc<Inner>);
+
+struct Inner {
+    name: LocationName,
+    url: String,
+    /// Before every name: the URL's prefix, or a folder's whole path.
+    prefix: Path,
+    reads: Arc<dyn ObjectStore>,
+    writes: Arc<dyn ObjectStore>,
+    disk: Option<Disk>,
+    request_timeout: Duration,
+}
+
+impl Location {
+    /// Checks the settings and sets up the clients. Reads the CA file and nothing else; a location
+    /// that is down opens like any other. Every fault is of kind `Config`.
+    pub fn open(settings: &LocationSettings) -> Result<Location> {
+        let open = || -> Result<Inner> {
+            Ok(match url::parse(&settings.url)? {
+                url::Place::Folder(root) => folder(settings, root)?,
+                url::Place::Bucket { bucket, prefix } => {
+                    let stores = s3::open(settings, &bucket, &prefix)?;
+                    let (reads, writes) = (Arc::new(stores.reads), Arc::new(stores.writes));
+                    Inner::new(settings, prefix, reads, writes, None)
+                }
+                #[cfg(any(test, feature = "testing"))]
+                url::Place::Memory => {
+                    let store = Arc::new(object_store::memory::InMemory::new());
+                    Inner::new(settings, Path::ROOT, store.clone(), store, None)
+                }
+            })
+        };
+        let inner = open().context(format!("location {}", settings.name))?;
+        Ok(Location(Arc::new(inner)))
+    }
+
+    pub fn name(&self) -> &LocationName {
+        &self.0.name
+    }
+
+    /// The URL of the settings. It never holds a secret: `open` refuses one that does.
+    pub fn url(&self) -> &str {
+        &self.0.url
+    }
+
+    /// For `init` only: makes a folder's root, durably. A bucket must be there already.
+    pub async fn create_root(&self) -> Result<()> {
+        self.on_disk(|disk| disk.create_root()).await
+    }
+
+    /// The `cluster` object, which `init` makes. A location without it is unavailable, and is never
+    /// filled anew: its disk may just not be mounted.
+    pub async fn require_cluster(&self) -> Result<Bytes> {
+        self.get(&ObjectName::Cluster).await.map_err(|error| match error.kind() {
+            Kind::Missing => Error::new(
+                Kind::Storage,
+                format!(
+                    "location {}: no cluster object at {}: not mounted, wrong prefix, or never \
+                     initialised",
+                    self.name(),
+                    self.url()
+                ),
+            )
+            .remedy("mount it or correct its url, or run `backstay-agent init` if it is new"),
+            _ => error,
+        })
+    }
+
+    /// Where `path`, relative to the prefix, is in the store.
+    fn at(&self, path: &str) -> Result<Path> {
+        let full = match self.0.prefix.as_ref() {
+            "" => path.to_string(),
+            prefix => format!("{prefix}/{path}"),
+        };
+        Path::parse(full).map_err(|e| {
+            Error::new(Kind::Bug, self.say("name", path, &format!("not a path of a store: {e}")))
+        })
+    }
+
+    /// `path` relative to the prefix.
+    fn relative(&self, path: &Path) -> String {
+        let prefix = self.0.prefix.as_ref();
+        let full = path.as_ref();
+        full.strip_prefix(prefix).unwrap_or(full).trim_start_matches('/').to_string()
+    }
+
+    /// How long one request may take that moves `size` bytes.
+    fn patience(&self, size: u64) -> Duration {
+        self.0.request_timeout + transfer_time(size)
+    }
+
+    /// Runs `work` on a folder's disk, off the reactor; nothing where there is no folder.
+    async fn on_disk<F>(&self, work: F) -> Result<()>
+    where
+        F: FnOnce(Disk) -> Result<()> + Send + 'static,
+    {
+        let Some(disk) = self.0.disk.clone() else { return Ok(()) };
+        tokio::task::spawn_blocking(move || work(disk))
+            .await
+            .map_err(|e| Error::new(Kind::Bug, format!("disk work ended early: {e}")))?
+            .context(format!("location {}", self.name()))
+    }
+}
+
+impl Inner {
+    fn new(
+        settings: &LocationSettings,
+        prefix: Path,
+        reads: Arc<dyn ObjectStore>,
+        writes: Arc<dyn ObjectStore>,
+        disk: Option<Disk>,
+    ) -> Inner {
+        Inner {
+            name: settings.name.clone(),
+            url: settings.url.clone(),
+            prefix,
+            reads,
+            writes,
+            disk,
+            request_timeout: settings.request_timeout,
+        }
+    }
+}
+
+/// The store begins at `/`, so that opening neither needs the root nor makes it.
+fn folder(settings: &LocationSettings, root: PathBuf) -> Result<Inner> {
+    let prefix = Path::from_absolute_path(&root).map_err(|e| {
+        Error::new(Kind::Config, format!("{} cannot be a location's folder: {e}", root.display()))
+            .remedy("use a path of printable UTF-8 characters")
+    })?;
+    let store = Arc::new(LocalFileSystem::new().with_fsync(true));
+    Ok(Inner::new(settings, prefix, store.clone(), store, Some(Disk::new(root))))
+}
+
+/// How long `size` bytes may take.
+fn transfer_time(size: u64) -> Duration {
+    Duration::from_millis(size * 1000 / SPEED_MIN)
+}
+
+impl fmt::Debug for Location {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Location({} at {})", self.name(), self.url())
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,155 @@
+//! What a store answered, in the terms of whoever must act on it.
+
+use super::Location;
+use super::disk;
+use crate::error::{Error, Kind};
+use object_store::Error as StoreError;
+use std::error::Error as StdError;
+use std::io;
+
+/// What a store's own words call for, by a mark that they contain. The first that matches counts.
+const REMEDIES: [(&str, &str); 15] = [
+    ("NoSuchBucket", "create the bucket, or correct the location's url"),
+    ("InvalidAccessKeyId", CREDENTIALS),
+    ("SignatureDoesNotMatch", CREDENTIALS),
+    ("ExpiredToken", CREDENTIALS),
+    ("InvalidToken", CREDENTIALS),
+    ("NotSignedUp", CREDENTIALS),
+    ("AccessDenied", PERMISSIONS),
+    ("RequestTimeTooSkewed", "set this host's clock"),
+    ("UnknownIssuer", "name the file with the certificate authority's certificate as ca-file"),
+    ("certificate", "correct the endpoint, or the server's certificate"),
+    ("redirect", "set region to the bucket's region"),
+    ("169.254.169.254", CREDENTIALS),
+    ("SlowDown", "the store is overloaded: it is tried again"),
+    ("dns error", "correct the endpoint or region, or look at this host's name resolution"),
+    ("onnect", "see that the endpoint is right and can be reached from this host"),
+];
+
+const CREDENTIALS: &str = "give access-key-id and secret-access-key, or AWS_ACCESS_KEY_ID and \
+    AWS_SECRET_ACCESS_KEY, or run where the platform gives an identity";
+const PERMISSIONS: &str = "allow this identity to list the bucket, and to get and put objects \
+    under the prefix";
+/// Enough for any server's reason, and not for a web page.
+const REASON_CHARS_MAX: usize = 400;
+
+impl Location {
+    /// `error`, that came up while `doing` something to the object or folder at `path`.
+    pub(super) fn fault(&self, doing: &str, path: &str, error: &StoreError) -> Error {
+        let reason = reason(error);
+        let said = |kind, what: &str| Error::new(kind, self.say(doing, path, what));
+        match error {
+            StoreError::NotFound { .. } if !reason.contains("NoSuchBucket") => {
+                said(Kind::Missing, &format!("no such object in {}", self.url()))
+            }
+            _ => match self.remedy(error, &reason) {
+                Some(remedy) => said(Kind::Storage, &reason).remedy(remedy),
+                None => said(Kind::Storage, &reason),
+            },
+        }
+    }
+
+    fn remedy(&self, error: &StoreError, reason: &str) -> Option<&'static str> {
+        match self.0.disk {
+            Some(_) => remedy_on_disk(error),
+            None => remedy_by_words(error, reason),
+        }
+    }
+
+    /// "location virginia: read 7/pack/...: reason"
+    pub(super) fn say(&self, doing: &str, path: &str, reason: &str) -> String {
+        match path {
+            "" => format!("location {}: {doing}: {reason}", self.name()),
+            _ => format!("location {}: {doing} {path}: {reason}", self.name()),
+        }
+    }
+}
+
+/// A store that cannot even be set up.
+pub(super) fn config(doing: &str, url: &str, error: &StoreError) -> Error {
+    Error::new(Kind::Config, format!("{doing} {url}: {}", reason(error)))
+        .remedy("correct the location's settings, or the AWS_ variables of the environment")
+}
+
+/// Whether a write that failed so cannot have reached the store, nor will the next.
+pub(super) fn is_refusal(error: &StoreError) -> bool {
+    matches!(
+        error,
+        StoreError::PermissionDenied { .. }
+            | StoreError::Unauthenticated { .. }
+            | StoreError::NotFound { .. }
+            | StoreError::NotImplemented { .. }
+            | StoreError::NotSupported { .. }
+            | StoreError::InvalidPath { .. }
+    )
+}
+
+fn remedy_by_words(error: &StoreError, reason: &str) -> Option<&'static str> {
+    let by_mark = REMEDIES.iter().find(|(mark, _)| reason.contains(mark)).map(|(_, to)| *to);
+    by_mark.or(match error {
+        StoreError::PermissionDenied { .. } => Some(PERMISSIONS),
+        StoreError::Unauthenticated { .. } => Some(CREDENTIALS),
+        _ => None,
+    })
+}
+
+fn remedy_on_disk(error: &StoreError) -> Option<&'static str> {
+    chain(error).find_map(|source| source.downcast_ref::<io::Error>()).and_then(disk::remedy)
+}
+
+/// The error and its sources in one line; of an S3 answer, only its code and message.
+fn reason(error: &StoreError) -> String {
+    let mut text = String::new();
+    for source in chain(error) {
+        let part = source.to_string();
+        if text.is_empty() {
+            text = part;
+        } else if !text.contains(&part) {
+            text = format!("{text}: {part}");
+        }
+    }
+    if let (Some(code), Some(message)) = (tag(&text, "Code"), tag(&text, "Message")) {
+        text = format!("{code}: {message}");
+    }
+    let text = text.split_whitespace().collect::<Vec<_>>().join(" ");
+    match text.char_indices().nth(REASON_CHARS_MAX) {
+        Some((end, _)) => format!("{}...", &text[..end]),
+        None => text,
+    }
+}
+
+fn tag<'a>(xml: &'a str, name: &str) -> Option<&'a str> {
+    let (_, rest) = xml.split_once(&format!("<{name}>"))?;
+    rest.split_once(&format!("</{name}>")).map(|(text, _)| text)
+}
+
+fn chain<'a>(error: &'a StoreError) -> impl Iterator<Item = &'a (dyn StdError + 'static)> {
+    std::iter::successors(
+        Some(error as &'a (dyn StdError + 'static)),
+        |e: &&'a (dyn StdError + 'static)| (*e).source(),
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn generic(source: impl Into<Box<dyn StdError + Send + Sync>>) -> StoreError {
+        StoreError::Generic { store: "S3", source: source.into() }
+    }
+
+    #[test]
+    fn an_answer_in_xml_is_cut_to_what_it_says() {
+        let body = "500: <?xml?><Error><Code>SlowDown</Code><Message>Please reduce\n it</Message>";
+        assert_eq!(reason(&generic(body)), "SlowDown: Please reduce it");
+        assert!(reason(&generic("x".repeat(9000))).len() < 500);
+    }
+
+    #[test]
+    fn a_full_or_forbidden_disk_has_its_remedy() {
+        let error = generic(io::Error::from(io::ErrorKind::StorageFull));
+        assert!(remedy_on_disk(&error).unwrap().contains("make room"));
+        let error = generic(io::Error::from(io::ErrorKind::PermissionDenied));
+        assert!(remedy_on_disk(&error).unwrap().contains("right to read and write"));
+    }
+}

@@ -1,0 +1,136 @@
+//! What the fixtures hold.
+
+use backstay_common::head::Head;
+use backstay_common::id::{Branch, SnapshotId, SystemId};
+use backstay_common::keys::Keyring;
+use backstay_common::keys::file::FileProvider;
+use backstay_common::location::{Location, LocationSettings};
+use backstay_common::lsn::{Lsn, LsnRange};
+use backstay_common::name::ObjectName;
+use backstay_common::origin::Beginnings;
+use backstay_common::pgtime::PgTime;
+use backstay_common::segment::TimelineId;
+use backstay_common::snapshot::{Begin, FileDigest, PageHash, page_hash};
+use backstay_common::span::SpanMeta;
+use backstay_common::wal::{Minima, RestorePoint, Summary};
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+pub const SYSTEM: SystemId = SystemId::new(7_312_345_678_901_234_567);
+pub const PAGE: usize = 8192;
+pub const HASH_KEY: [u8; 32] = *b"a key for hashes of test pages..";
+pub const WAL_BYTES: usize = (1 << 20) + 5000;
+
+pub fn fixtures() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/v1")
+}
+
+pub fn location(folder: &Path) -> Location {
+    let url = format!("file://{}", folder.display());
+    Location::open(&LocationSettings::new("fixtures".parse().unwrap(), url)).unwrap()
+}
+
+/// The key file, which git cannot keep from other users, where only we can read it.
+pub fn keyring() -> Keyring {
+    let private = tempfile::tempdir().unwrap();
+    let path = private.path().join("orders.key");
+    std::fs::copy(fixtures().join("orders.key"), &path).unwrap();
+    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600)).unwrap();
+    Keyring::new(Arc::new(FileProvider::read(&path).unwrap()), "orders".parse().unwrap())
+}
+
+pub fn branches() -> [Branch; 2] {
+    ["00000001-3fa9c1d2", "00000002-0badcafe"].map(|branch| branch.parse().unwrap())
+}
+
+pub fn beginnings() -> [Beginnings; 2] {
+    let second = Beginnings {
+        timeline: TimelineId::new(2).unwrap(),
+        history: Some(b"1\t16/B3800148\tno recovery target specified\n".to_vec()),
+        first_record: Some(b"the first record after the switch".to_vec()),
+    };
+    [Beginnings::of_first_timeline(), second]
+}
+
+pub fn range() -> LsnRange {
+    let start = Lsn::new(0x16_B300_0000);
+    LsnRange::new(start, start.add(WAL_BYTES as u64))
+}
+
+/// A part that compresses, and a last frame that does not.
+pub fn wal() -> Vec<u8> {
+    let mut noise = 0x2545_F491_4F6C_DD1Du64;
+    let byte = |i: usize| {
+        noise ^= noise << 13;
+        noise ^= noise >> 7;
+        noise ^= noise << 17;
+        if i < 1 << 20 { (i / 7) as u8 } else { (noise >> 32) as u8 }
+    };
+    (0..WAL_BYTES).map(byte).collect()
+}
+
+pub fn span_meta() -> SpanMeta {
+    let summary = Summary {
+        first_record: Some(Lsn::new(0x16_B300_0028)),
+        last_record: Some(Lsn::new(0x16_B310_0000)),
+        last_record_end: Some(Lsn::new(0x16_B310_0100)),
+        least_time: Some(848_541_600_000_000),
+        greatest_time: Some(848_541_605_000_000),
+        least_xid: Some(740),
+        greatest_xid: Some(761),
+        restore_points: vec![RestorePoint {
+            name: "before the upgrade".into(),
+            lsn: Lsn::new(0x16_B308_0000),
+            time: 848_541_603_000_000,
+        }],
+        more_restore_points: false,
+        parameter_change: Some(Minima {
+            max_connections: 100,
+            max_worker_processes: 8,
+            max_wal_senders: 10,
+            max_prepared_xacts: 0,
+            max_locks_per_xact: 64,
+        }),
+        checkpoint: true,
+        end_of_recovery: false,
+        full_page_writes_off: false,
+        wal_level_minimal: false,
+    };
+    let clock = Some(PgTime(848_541_606_000_000));
+    SpanMeta { summary, clock, major: 17, segment_bytes: 16 << 20 }
+}
+
+pub fn head() -> (ObjectName, Head) {
+    let name = ObjectName::Head { system: SYSTEM, agent: "db1".parse().unwrap(), seq: 42 };
+    let [branch, _] = branches();
+    (name, Head { branch, covered: range().end, clock: PgTime(848_541_900_000_000) })
+}
+
+pub fn snapshot() -> SnapshotId {
+    "20261122T020000Z-1f2e3d4c".parse().unwrap()
+}
+
+pub fn begin() -> Begin {
+    let parent = Some("20261121T020000Z-00c0ffee".parse().unwrap());
+    Begin { snapshot: snapshot(), agent: "db1".parse().unwrap(), parent, generation: 3 }
+}
+
+/// Four pages; the third was taken again in a delta frame.
+pub fn pages() -> [Vec<u8>; 4] {
+    [1u8, 2, 3, 4].map(|n| (0..PAGE).map(|i| n.wrapping_mul((i / 64) as u8)).collect())
+}
+
+pub fn small_file() -> &'static [u8] {
+    b"17\n"
+}
+
+pub fn hashes(pages: &[&[u8]]) -> Vec<PageHash> {
+    pages.iter().map(|page| page_hash(&HASH_KEY, page)).collect()
+}
+
+pub fn digest(pages: &[&[u8]]) -> [u8; 32] {
+    let mut digest = FileDigest::new();
+    digest.push(&hashes(pages));
+    digest.finish(pages.iter().map(|page| page.len() as u64).sum())
+}
