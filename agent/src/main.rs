@@ -1,1 +1,166 @@
-fn main() {}
+//! `backstay-agent`: parses, resolves, runs, and turns an error into an exit code.
+
+use anyhow::anyhow;
+use backstay_agent::control::{self, Reply, Request};
+use backstay_agent::init::Initialised;
+use backstay_agent::{check, init, status};
+use backstay_common::config::Settings;
+use backstay_common::{Error, Kind};
+use clap::{Parser, Subcommand};
+use indicatif::{ProgressBar, ProgressStyle};
+use std::io::IsTerminal;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+/// Streams the WAL and takes the snapshots of one PostgreSQL cluster.
+#[derive(Parser)]
+#[command(version, after_help = EXIT_CODES)]
+struct Arguments {
+    /// The TOML file that both programs read.
+    #[arg(long, global = true, value_name = "FILE", default_value = "/etc/backstay/backstay.toml")]
+    config: PathBuf,
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Subcommand)]
+enum Verb {
+    /// Make each location ready, once, before the first run.
+    Init,
+    /// Look whether everything is as the agent needs it.
+    Check {
+        /// Print the findings as JSON.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Stream WAL and take snapshots until stopped.
+    Run,
+    /// Ask the running agent for a snapshot now, and wait for it.
+    Snapshot {
+        /// Print the outcome as JSON.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Show how far the WAL has come, the snapshots and the alarms.
+    Status {
+        /// Print everything as JSON.
+        #[arg(long)]
+        json: bool,
+    },
+}
+
+const EXIT_CODES: &str = "Exit codes: 0 done, 1 internal, 2 usage or configuration, 4 integrity, \
+5 storage (or committed at some locations only), 6 PostgreSQL, 7 key, 9 no agent answers, 10 alarms";
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    log_to_stderr();
+    let runtime = match tokio::runtime::Runtime::new() {
+        Ok(runtime) => runtime,
+        Err(error) => return fail(&anyhow!(error).context("start the runtime")),
+    };
+    match runtime.block_on(run(arguments)) {
+        Ok(code) => ExitCode::from(code),
+        Err(error) => fail(&error),
+    }
+}
+
+fn fail(error: &anyhow::Error) -> ExitCode {
+    eprintln!("error: {error:#}");
+    let kind = error.downcast_ref::<Error>().map_or(Kind::Bug, Error::kind);
+    ExitCode::from(kind.exit_code())
+}
+
+fn log_to_stderr() {
+    let filter = tracing_subscriber::EnvFilter::try_from_env("BACKSTAY_LOG")
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info,object_store=warn"));
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
+        .init();
+}
+
+async fn run(arguments: Arguments) -> anyhow::Result<u8> {
+    let settings = Settings::read(&arguments.config)?;
+    match arguments.verb {
+        Verb::Init => run_init(&settings).await,
+        Verb::Check { json } => run_check(&settings, json).await,
+        Verb::Run => {
+            backstay_agent::run(settings).await?;
+            Ok(0)
+        }
+        Verb::Snapshot { json } => run_snapshot(&settings, json).await,
+        Verb::Status { json } => run_status(&settings, json).await,
+    }
+}
+
+async fn run_init(settings: &Settings) -> anyhow::Result<u8> {
+    for (location, initialised) in init::run(settings).await? {
+        let what = match initialised {
+            Initialised::Made => "initialised",
+            Initialised::AlreadyThere => "was initialised before",
+        };
+        println!("location {} ({}): {what}", location.name(), location.url());
+    }
+    Ok(0)
+}
+
+async fn run_check(settings: &Settings, json: bool) -> anyhow::Result<u8> {
+    let findings = check::run(settings).await;
+    if json {
+        let list: Vec<_> = findings.iter().map(check::Finding::for_programs).collect();
+        println!("{}", serde_json::to_string_pretty(&list)?);
+    } else {
+        findings.iter().for_each(|finding| println!("{}", finding.for_people()));
+    }
+    Ok(check::exit_code(&findings))
+}
+
+async fn run_status(settings: &Settings, json: bool) -> anyhow::Result<u8> {
+    match control::ask(&settings.state_dir, Request::Status, |_| {}).await? {
+        Reply::Status(status) => {
+            match json {
+                true => println!("{}", serde_json::to_string_pretty(&status)?),
+                false => print!("{}", status::for_people(&status)),
+            }
+            let alarms = status["alarms"].as_array().is_some_and(|alarms| !alarms.is_empty());
+            Ok(if alarms { 10 } else { 0 })
+        }
+        other => refused(other),
+    }
+}
+
+async fn run_snapshot(settings: &Settings, json: bool) -> anyhow::Result<u8> {
+    let bar = match std::io::stderr().is_terminal() {
+        true => ProgressBar::new(0),
+        false => ProgressBar::hidden(),
+    };
+    bar.set_style(ProgressStyle::with_template(
+        "{msg:12} {wide_bar} {bytes}/{total_bytes} {bytes_per_sec} {eta}",
+    )?);
+    let reply = control::ask(&settings.state_dir, Request::Snapshot, |progress| {
+        bar.set_length(progress.bytes_total);
+        bar.set_position(progress.bytes_done);
+        bar.set_message(progress.phase.to_string());
+    })
+    .await?;
+    bar.finish_and_clear();
+    let Reply::Outcome(outcome) = reply else { return refused(reply) };
+    match json {
+        true => println!("{}", serde_json::to_string_pretty(&outcome)?),
+        false => println!("{outcome}"),
+    }
+    Ok(if outcome.pending.is_empty() { 0 } else { Kind::Storage.exit_code() })
+}
+
+fn refused(reply: Reply) -> anyhow::Result<u8> {
+    let Reply::Error { exit_code, message, remedy } = reply else {
+        return Err(anyhow!("the agent answered something else than it was asked"));
+    };
+    eprintln!("error: {message}");
+    if let Some(remedy) = remedy {
+        eprintln!("  remedy: {remedy}");
+    }
+    Ok(exit_code)
+}

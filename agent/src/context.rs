@@ -1,0 +1,32 @@
+//! What every task of the agent is given.
+
+use crate::alarms::Alarms;
+use crate::epochs::Epochs;
+use crate::writer::Writer;
+use backstay_common::config::Settings;
+use backstay_common::id::SystemId;
+use std::sync::Arc;
+use tokio_util::sync::CancellationToken;
+
+/// Settings and the things made from them. Shared by all tasks of one agent.
+#[derive(Debug)]
+pub struct AgentContext {
+    pub settings: Settings,
+    pub system: SystemId,
+    /// `server_version_num` of the server, such as 150018.
+    pub server_version: u32,
+    pub segment_size: backstay_common::segment::SegmentSize,
+    /// In the order of the config.
+    pub writers: Vec<Arc<Writer>>,
+    pub epochs: Arc<Epochs>,
+    pub alarms: Arc<Alarms>,
+    /// Cancelled when the agent shall stop.
+    pub stop: CancellationToken,
+}
+
+impl AgentContext {
+    /// PostgreSQL's major version.
+    pub fn major(&self) -> u32 {
+        self.server_version / 10_000
+    }
+}

@@ -1,0 +1,302 @@
+//! Keeps snapshots: takes one at first start, on schedule and when asked, and makes the locations equal in between.
+//!
+//! One snapshot at a time: all of it happens in one task. A run that was missed while the agent was down is caught up
+//! at the next start. A server that has come to another timeline, restored or promoted, gets a snapshot at once: replay
+//! across the switch works, but the newest state deserves a near beginning. So does WAL behind a gap, which
+//! cannot be reached in any other way.
+
+use crate::context::AgentContext;
+use crate::schedule::Schedule;
+use crate::snapshot::{self, Reason, SnapshotOutcome, SnapshotProgress, SnapshotRequest};
+use crate::status::SnapshotStatus;
+use crate::sync::{self, SyncReport};
+use crate::wal::WalStatus;
+use backstay_common::id::SnapshotId;
+use backstay_common::lsn::Lsn;
+use backstay_common::name::{ObjectName, folder};
+use backstay_common::segment::TimelineId;
+use backstay_common::snapshot::manifest::read_plain;
+use backstay_common::{Error, Kind, Result};
+use jiff::Timestamp;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+use tokio::sync::{mpsc, oneshot, watch};
+
+/// How long after a failed snapshot the next attempt is made.
+const RETRY_AFTER: Duration = Duration::from_secs(300);
+/// How often the locations are compared.
+const SYNC_EVERY: Duration = Duration::from_secs(3600);
+/// How often while a location lacks a snapshot that another one has.
+const SYNC_WHILE_PENDING_EVERY: Duration = Duration::from_secs(30);
+/// Raised where a snapshot is committed at other locations only.
+const PENDING: &str = "snapshot-pending";
+
+type Outcome = Result<SnapshotOutcome>;
+
+/// The handle of the keeper's task.
+#[derive(Clone, Debug)]
+pub struct Keeper {
+    requests: mpsc::Sender<oneshot::Sender<Outcome>>,
+    progress: watch::Receiver<SnapshotProgress>,
+    status: Arc<Mutex<SnapshotStatus>>,
+}
+
+/// A snapshot that somebody asked for.
+#[derive(Debug)]
+pub struct Asked {
+    pub progress: watch::Receiver<SnapshotProgress>,
+    pub outcome: oneshot::Receiver<Outcome>,
+}
+
+impl Keeper {
+    /// Asks for a snapshot now. Refused while another one runs.
+    pub async fn ask(&self) -> Result<Asked> {
+        let (send, outcome) = oneshot::channel();
+        match self.requests.try_send(send) {
+            Ok(()) => Ok(Asked { progress: self.progress.clone(), outcome }),
+            Err(mpsc::error::TrySendError::Closed(_)) => {
+                Err(Error::new(Kind::Cancelled, "the agent is stopping"))
+            }
+            Err(mpsc::error::TrySendError::Full(_)) => {
+                Err(Error::new(Kind::Config, "another snapshot is running or waiting")
+                    .remedy("see `backstay-agent status`, and ask again when it is done"))
+            }
+        }
+    }
+
+    pub fn status(&self) -> SnapshotStatus {
+        let status = self.status.lock().expect("no panic while held").clone();
+        let running = status.running.map(|_| self.progress.borrow().clone());
+        SnapshotStatus { running, ..status }
+    }
+}
+
+/// The newest snapshot, and the timeline that it was taken on if that is known.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Newest {
+    id: SnapshotId,
+    timeline: Option<TimelineId>,
+    /// The last gap that it lies behind.
+    gap_end: Option<Lsn>,
+}
+
+/// The task behind a [`Keeper`].
+#[derive(Debug)]
+pub struct KeeperTask {
+    context: Arc<AgentContext>,
+    wal: watch::Receiver<WalStatus>,
+    schedule: Schedule,
+    requests: mpsc::Receiver<oneshot::Sender<Outcome>>,
+    progress: watch::Sender<SnapshotProgress>,
+    status: Arc<Mutex<SnapshotStatus>>,
+    /// The timeline, and the last gap, when the last snapshot began.
+    behind: (Option<TimelineId>, Option<Lsn>),
+}
+
+/// Why the keeper woke up.
+enum Wake {
+    Stop,
+    Asked(oneshot::Sender<Outcome>),
+    Due(Reason),
+    Sync,
+}
+
+pub fn new(
+    context: Arc<AgentContext>,
+    wal: watch::Receiver<WalStatus>,
+    schedule: Schedule,
+) -> (Keeper, KeeperTask) {
+    let (send, requests) = mpsc::channel(1);
+    let (progress, seen) = watch::channel(SnapshotProgress::default());
+    let status = Arc::new(Mutex::new(SnapshotStatus::default()));
+    let keeper = Keeper { requests: send, progress: seen, status: status.clone() };
+    (
+        keeper,
+        KeeperTask { context, wal, schedule, requests, progress, status, behind: (None, None) },
+    )
+}
+
+impl KeeperTask {
+    /// Runs until the agent stops.
+    pub async fn run(mut self) -> Result<()> {
+        self.synchronise().await;
+        let mut last = self.last_snapshot().await;
+        let mut due = self.due_at_start(last);
+        loop {
+            let next = self.schedule.next_after(Timestamp::now());
+            self.update(|status| {
+                status.last = last.map(|last| last.id);
+                status.next = next;
+            });
+            let reason = match self.wait(due, next, last).await {
+                Wake::Stop => return Ok(()),
+                Wake::Sync => {
+                    self.synchronise().await;
+                    continue;
+                }
+                Wake::Asked(reply) => {
+                    let outcome = self.take(Reason::Asked).await;
+                    if let Ok(outcome) = &outcome {
+                        last = self.newest(outcome);
+                        due = None;
+                    }
+                    // Whoever asked may have gone away; the snapshot is there all the same.
+                    let _ = reply.send(outcome);
+                    continue;
+                }
+                Wake::Due(reason) => reason,
+            };
+            due = match self.take(reason).await {
+                Ok(outcome) => {
+                    last = self.newest(&outcome);
+                    None
+                }
+                Err(_) => Some((reason, RETRY_AFTER)),
+            };
+        }
+    }
+
+    fn newest(&self, outcome: &SnapshotOutcome) -> Option<Newest> {
+        if self.wal.borrow().gap_end == self.behind.1 {
+            self.context.alarms.clear("wal-gap", "");
+        }
+        let (timeline, gap_end) = self.behind;
+        let timeline = timeline.or(self.wal.borrow().timeline);
+        Some(Newest { id: outcome.id, timeline, gap_end })
+    }
+
+    async fn wait(
+        &mut self,
+        due: Option<(Reason, Duration)>,
+        next: Option<Timestamp>,
+        last: Option<Newest>,
+    ) -> Wake {
+        let scheduled = (Reason::Scheduled, next.map_or(Duration::MAX, until));
+        let (reason, after) = due.filter(|(_, after)| *after < scheduled.1).unwrap_or(scheduled);
+        let urgent = |wal: &WalStatus| last.is_some_and(|last| reason_of(wal, last).is_some());
+        let next_sync = self.next_sync();
+        tokio::select! {
+            () = self.context.stop.cancelled() => Wake::Stop,
+            asked = self.requests.recv() => asked.map_or(Wake::Stop, Wake::Asked),
+            () = tokio::time::sleep(after.min(Duration::from_secs(86_400 * 30))) => Wake::Due(reason),
+            Ok(wal) = self.wal.wait_for(urgent), if due.is_none() => {
+                Wake::Due(last.and_then(|last| reason_of(&wal, last)).unwrap_or(reason))
+            }
+            () = tokio::time::sleep(next_sync), if due.is_none() => Wake::Sync,
+        }
+    }
+
+    fn due_at_start(&self, last: Option<Newest>) -> Option<(Reason, Duration)> {
+        match last {
+            None => Some((Reason::FirstStart, Duration::ZERO)),
+            Some(last) if self.schedule.missed(Some(last.id.began()), Timestamp::now()) => {
+                Some((Reason::CaughtUp, Duration::ZERO))
+            }
+            Some(_) => None,
+        }
+    }
+
+    async fn take(&mut self, reason: Reason) -> Outcome {
+        let fast_checkpoint = self.context.settings.snapshot.fast_checkpoint
+            || !matches!(reason, Reason::Scheduled | Reason::CaughtUp);
+        let request = SnapshotRequest { fast_checkpoint, reason };
+        self.wait_for_a_later_name().await;
+        self.behind = (self.wal.borrow().timeline, self.wal.borrow().gap_end);
+        self.update(|status| status.running = Some(SnapshotProgress::default()));
+        let taken = tokio::select! {
+            () = self.context.stop.cancelled() => {
+                Err(Error::new(Kind::Cancelled, "the agent was stopped during the snapshot"))
+            }
+            taken = snapshot::take(&self.context, self.wal.clone(), request, self.progress.clone()) => taken,
+        };
+        let error = taken.as_ref().err().map(Error::to_string);
+        match &error {
+            None => self.context.alarms.clear("snapshot-failed", ""),
+            Some(_) if self.context.stop.is_cancelled() => {}
+            Some(reason) => self.context.alarms.raise("snapshot-failed", "", reason),
+        }
+        self.update(|status| {
+            status.running = None;
+            status.last_error = error;
+        });
+        taken
+    }
+
+    /// Snapshots sort by the second in their names: a new one must not share it with the newest.
+    async fn wait_for_a_later_name(&self) {
+        let last = self.status.lock().expect("no panic while held").last;
+        let Some(next) =
+            last.and_then(|last| last.began().checked_add(Duration::from_secs(1)).ok())
+        else {
+            return;
+        };
+        // A clock that was set back by more is not waited for.
+        tokio::time::sleep(until(next).min(Duration::from_secs(1))).await;
+    }
+
+    async fn synchronise(&self) {
+        let report = tokio::select! {
+            () = self.context.stop.cancelled() => return,
+            report = sync::run(&self.context) => report,
+        };
+        match report {
+            Ok(report) => {
+                self.nothing_is_pending(&report);
+                for (location, reason) in report.failed {
+                    tracing::warn!(%location, "not compared with the other locations: {reason}");
+                }
+            }
+            Err(error) => tracing::warn!("locations not compared: {error}"),
+        }
+    }
+
+    fn next_sync(&self) -> Duration {
+        let is_pending = self.context.alarms.list().iter().any(|alarm| alarm.name == PENDING);
+        if is_pending { SYNC_WHILE_PENDING_EVERY } else { SYNC_EVERY }
+    }
+
+    /// When every location could be compared, each has every snapshot.
+    fn nothing_is_pending(&self, report: &SyncReport) {
+        if report.failed.is_empty() && self.context.writers.len() > 1 {
+            for writer in &self.context.writers {
+                self.context.alarms.clear(PENDING, writer.location().name().as_str());
+            }
+        }
+    }
+
+    /// The newest snapshot that is committed anywhere. A location that cannot be asked is left out.
+    async fn last_snapshot(&self) -> Option<Newest> {
+        let folder = &folder::snapshots(self.context.system);
+        let locations = self.context.writers.iter().map(|writer| writer.location());
+        let listings = futures::future::join_all(locations.map(|location| async move {
+            let listed = location.list(folder).await.unwrap_or_default();
+            let snapshots = listed.into_iter().filter_map(|listed| match listed.name {
+                Some(ObjectName::Manifest { snapshot, .. }) => Some(snapshot),
+                _ => None,
+            });
+            snapshots.max().map(|snapshot| (snapshot, location))
+        }))
+        .await;
+        let (id, location) = listings.into_iter().flatten().max_by_key(|(id, _)| *id)?;
+        let name = ObjectName::Manifest { system: self.context.system, snapshot: id };
+        let manifest = location.get(&name).await.and_then(|bytes| read_plain(&bytes, &name));
+        let timeline = manifest.ok().map(|(_, plain)| plain.branch.timeline);
+        Some(Newest { id, timeline, gap_end: None })
+    }
+
+    fn update(&self, change: impl FnOnce(&mut SnapshotStatus)) {
+        change(&mut self.status.lock().expect("no panic while held"));
+    }
+}
+
+/// What the WAL path has met since the newest snapshot that wants another one at once.
+fn reason_of(wal: &WalStatus, last: Newest) -> Option<Reason> {
+    if wal.gap_end > last.gap_end {
+        return Some(Reason::AfterGap);
+    }
+    (last.timeline.is_some() && wal.timeline > last.timeline).then_some(Reason::NewTimeline)
+}
+
+fn until(moment: Timestamp) -> Duration {
+    moment.duration_since(Timestamp::now()).try_into().unwrap_or(Duration::ZERO)
+}

@@ -1,0 +1,190 @@
+//! `run`: starts every long-lived task of the agent, and joins them.
+//!
+//! The first task that fails stops all others, and its error is how the program ends; a task that panics stops the
+//! process loudly. SIGTERM and SIGINT stop everything cleanly: the spool is fsynced, and what waits in it is shipped
+//! for a few seconds. What a kill leaves is described at each task.
+
+use crate::alarms::Alarms;
+use crate::connect::{self, Server};
+use crate::context::AgentContext;
+use crate::control;
+use crate::epochs::Epochs;
+use crate::init::check_record;
+use crate::keeper;
+use crate::schedule::Schedule;
+use crate::status::Status;
+use crate::wal::{self, WalStatus};
+use crate::writer::Writer;
+use backstay_common::cluster::ClusterRecord;
+use backstay_common::config::Settings;
+use backstay_common::keys::Keyring;
+use backstay_common::location::Location;
+use backstay_common::{Context, Error, Kind, Result};
+use std::fs::File;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::watch;
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+
+/// How long a store may take to show its `cluster` object before the agent starts without it.
+const FIRST_LOOK: Duration = Duration::from_secs(10);
+
+/// Runs until a signal or a failure.
+pub async fn run(settings: Settings) -> Result<()> {
+    let stop = CancellationToken::new();
+    stop_on_signals(stop.clone())?;
+    let provider = settings.keys.provider()?;
+    let schedule =
+        Schedule::parse(&settings.snapshot.schedule, settings.snapshot.time_zone.clone())?;
+    let _lock = lock_state_dir(&settings)?;
+    let alarms = Arc::new(Alarms::default());
+    let Some(server) = wait_for_server(&settings, &alarms, &stop).await? else { return Ok(()) };
+
+    let keyring = Arc::new(Keyring::new(provider, settings.cluster.clone()));
+    let epochs = Arc::new(Epochs::new(keyring, server.system, &settings.state_dir)?);
+    let mut writers = Vec::new();
+    for location in &settings.locations {
+        let location = Location::open(location)?;
+        look_at(&location, &settings, server, &alarms).await?;
+        let expected = (settings.cluster.clone(), server.system);
+        writers.push(Arc::new(Writer::new(location, epochs.clone(), expected)));
+    }
+    let listener = control::listen(&settings.state_dir)?;
+    let context = Arc::new(AgentContext {
+        settings,
+        system: server.system,
+        server_version: server.version,
+        segment_size: server.segment_size,
+        writers,
+        epochs,
+        alarms,
+        stop: stop.clone(),
+    });
+    tracing::info!(agent = %context.settings.agent, system = %context.system, "agent started");
+    let result = supervise(context.clone(), schedule, listener).await;
+    let _ = std::fs::remove_file(control::socket_path(&context.settings.state_dir));
+    tracing::info!("agent stopped");
+    result
+}
+
+async fn supervise(
+    context: Arc<AgentContext>,
+    schedule: Schedule,
+    listener: tokio::net::UnixListener,
+) -> Result<()> {
+    let (wal_status, wal_seen) = watch::channel(WalStatus::default());
+    let (keeper, keeper_task) = keeper::new(context.clone(), wal_seen.clone(), schedule);
+    let status = {
+        let (context, keeper, started) = (context.clone(), keeper.clone(), jiff::Timestamp::now());
+        Arc::new(move || Status {
+            agent: context.settings.agent.clone(),
+            version: env!("CARGO_PKG_VERSION"),
+            cluster: context.settings.cluster.clone(),
+            system: context.system,
+            started,
+            wal: wal_seen.borrow().clone(),
+            snapshots: keeper.status(),
+            alarms: context.alarms.list(),
+        })
+    };
+    let mut tasks = JoinSet::new();
+    tasks.spawn(wal::run(context.clone(), wal_status));
+    tasks.spawn(keeper_task.run());
+    tasks.spawn(control::serve(listener, status, keeper, context.stop.clone()));
+
+    let mut result = Ok(());
+    while let Some(ended) = tasks.join_next().await {
+        let ended = ended.unwrap_or_else(|panic| {
+            Err(Error::new(Kind::Bug, format!("a task of the agent panicked: {panic}")))
+        });
+        // The first failure is the cause; those that follow are its consequences.
+        if result.is_ok() {
+            result = ended;
+        }
+        context.stop.cancel();
+    }
+    result
+}
+
+fn stop_on_signals(stop: CancellationToken) -> Result<()> {
+    let mut terminate = signal(SignalKind::terminate()).context("listen for SIGTERM")?;
+    let mut interrupt = signal(SignalKind::interrupt()).context("listen for SIGINT")?;
+    tokio::spawn(async move {
+        tokio::select! {
+            _ = terminate.recv() => tracing::info!("stopping: SIGTERM"),
+            _ = interrupt.recv() => tracing::info!("stopping: SIGINT"),
+        }
+        stop.cancel();
+    });
+    Ok(())
+}
+
+/// Held while the agent lives; the kernel releases it however the agent ends.
+fn lock_state_dir(settings: &Settings) -> Result<File> {
+    let path = settings.state_dir.join("agent.lock");
+    let doing = || format!("lock the state directory {}", settings.state_dir.display());
+    std::fs::create_dir_all(&settings.state_dir).context(doing())?;
+    let file =
+        File::options().create(true).truncate(false).write(true).open(&path).context(doing())?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(std::fs::TryLockError::WouldBlock) => Err(Error::new(
+            Kind::Config,
+            format!("another agent uses {}", settings.state_dir.display()),
+        )
+        .remedy("stop it first, or give this one a state-dir of its own")),
+        Err(std::fs::TryLockError::Error(error)) => Err(error).context(doing()),
+    }
+}
+
+/// Waits while the server is away or starting; `None` if the agent was stopped meanwhile.
+async fn wait_for_server(
+    settings: &Settings,
+    alarms: &Alarms,
+    stop: &CancellationToken,
+) -> Result<Option<Server>> {
+    let mut pause = Duration::from_millis(200);
+    loop {
+        match connect::identify(settings).await {
+            Ok(server) => {
+                alarms.clear("postgres-down", "");
+                return Ok(Some(server));
+            }
+            Err(error) if connect::is_transient(&error) => {
+                alarms.raise("postgres-down", "", error.message());
+            }
+            Err(error) => return Err(error),
+        }
+        tokio::select! {
+            () = stop.cancelled() => return Ok(None),
+            () = tokio::time::sleep(pause) => {}
+        }
+        pause = (pause * 2).min(Duration::from_secs(15));
+    }
+}
+
+/// A location that shows another cluster stops the agent; one that cannot be asked does not.
+async fn look_at(
+    location: &Location,
+    settings: &Settings,
+    server: Server,
+    alarms: &Alarms,
+) -> Result<()> {
+    let name = location.name().as_str();
+    let looked = tokio::time::timeout(FIRST_LOOK, location.require_cluster()).await;
+    match looked {
+        Ok(Ok(bytes)) => ClusterRecord::read(&bytes)
+            .and_then(|record| check_record(&record, settings, server.system))
+            .context(format!("location {name}")),
+        Ok(Err(error)) => {
+            alarms.raise("location-down", name, error.message());
+            Ok(())
+        }
+        Err(_) => {
+            alarms.raise("location-down", name, "it did not answer within 10 s");
+            Ok(())
+        }
+    }
+}

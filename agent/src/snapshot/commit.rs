@@ -1,0 +1,189 @@
+//! The commit, at each location by itself: the manifest is put there when all that it needs is listed there.
+//!
+//! That is: every pack, whoever stored it, with its right size; and the WAL from the start of the segment that holds
+//! the snapshot's start up to its stop. A crash before leaves a `begin` without a manifest: no snapshot.
+
+use super::ship::{Fleet, Lane, Parcel, patiently, put_patiently};
+use crate::wal::WalStatus;
+use backstay_common::id::{Branch, LocationName};
+use backstay_common::lsn::{Lsn, LsnRange, covered_until};
+use backstay_common::name::{ObjectName, folder};
+use backstay_common::seal::Header;
+use backstay_common::segment::TimelineId;
+use backstay_common::snapshot::{ManifestPlain, PackEntry};
+use backstay_common::{Context, Error, Kind, Result};
+use futures::FutureExt;
+use futures::future::join_all;
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use tokio::sync::watch;
+
+/// How long the WAL at a location may stand still before it is given up.
+const WAL_STANDSTILL_MAX: Duration = Duration::from_secs(600);
+const LOOK_EVERY: Duration = Duration::from_secs(5);
+/// When the WAL is said to be there, and is not listed yet.
+const LOOK_AGAIN_AFTER: Duration = Duration::from_millis(300);
+
+/// Waits until the WAL of `timeline` has its branch.
+pub async fn branch_of(wal: &watch::Receiver<WalStatus>, timeline: TimelineId) -> Result<Branch> {
+    let mut wal = wal.clone();
+    let is_known = |status: &WalStatus| status.branch.is_some_and(|b| b.timeline == timeline);
+    let known = tokio::time::timeout(WAL_STANDSTILL_MAX, wal.wait_for(is_known)).await;
+    let branch = known.ok().and_then(|status| status.ok()?.branch);
+    branch.ok_or_else(|| {
+        let number = timeline.get();
+        Error::new(Kind::Postgres, format!("the WAL of timeline {number} is not being received"))
+            .remedy(
+                "see `backstay-agent status` for why; a snapshot without its WAL is worth nothing",
+            )
+    })
+}
+
+/// A snapshot that is ready to be committed.
+#[derive(Debug)]
+pub struct Commit<'a> {
+    pub fleet: &'a Fleet,
+    pub wal: &'a watch::Receiver<WalStatus>,
+    pub plain: &'a ManifestPlain,
+    /// Sealed once, the same everywhere.
+    pub manifest: &'a Parcel,
+}
+
+impl Commit<'_> {
+    /// Commits wherever it can be, all locations side by side. What became of it, in the order of the config.
+    pub async fn everywhere(&self) -> Vec<(LocationName, Result<()>)> {
+        let at =
+            |lane: Arc<Lane>| async move { (lane.name().clone(), self.at(&lane).await) }.boxed();
+        join_all(self.fleet.lanes().iter().cloned().map(at)).await
+    }
+
+    async fn at(&self, lane: &Lane) -> Result<()> {
+        lane.settled().await;
+        if let Some(reason) = lane.left_behind() {
+            tracing::info!(location = %lane.name(), "filling by copying, because: {reason}");
+            put_patiently(lane.writer(), lane.begin()).await.context("begin the snapshot")?;
+        }
+        self.fill(lane).await?;
+        self.wait_for_wal(lane).await?;
+        put_patiently(lane.writer(), self.manifest).await.context("put the manifest")?;
+        tracing::info!(location = %lane.name(), snapshot = %self.plain.snapshot, "snapshot committed");
+        Ok(())
+    }
+
+    /// Makes sure that all packs are listed, by copying those that are not.
+    async fn fill(&self, lane: &Lane) -> Result<()> {
+        let missing = self.missing(lane).await?;
+        for entry in &missing {
+            self.copy(entry, lane).await.context("copy a pack from another location")?;
+        }
+        let missing = if missing.is_empty() { missing } else { self.missing(lane).await? };
+        match missing.first() {
+            None => Ok(()),
+            Some(entry) => {
+                let (place, name) = (lane.name(), entry.name(self.plain.system));
+                let reason =
+                    format!("location {place} does not list {name} with its {} bytes", entry.size);
+                Err(Error::new(Kind::Storage, reason))
+            }
+        }
+    }
+
+    async fn missing(&self, lane: &Lane) -> Result<Vec<&PackEntry>> {
+        let folder = folder::packs(self.plain.system);
+        let listed = patiently(|| lane.writer().location().list(&folder)).await?;
+        let sizes: HashMap<ObjectName, u64> =
+            listed.into_iter().filter_map(|listed| Some((listed.name?, listed.size))).collect();
+        let is_missing =
+            |entry: &&PackEntry| sizes.get(&entry.name(self.plain.system)) != Some(&entry.size);
+        Ok(self.plain.packs.iter().filter(is_missing).collect())
+    }
+
+    async fn copy(&self, entry: &PackEntry, to: &Lane) -> Result<()> {
+        let name = entry.name(self.plain.system);
+        let reason = format!("no location that was not left behind has {name}");
+        let mut fault = Error::new(Kind::Storage, reason);
+        for from in self.fleet.lanes().iter().filter(|from| from.name() != to.name()) {
+            from.settled().await;
+            if from.left_behind().is_some() {
+                continue;
+            }
+            let bytes = patiently(|| from.writer().location().get(&name)).await;
+            let checked = bytes.and_then(|bytes| {
+                Header::check(&bytes, &name)?;
+                match bytes.ends_with(&entry.hash) {
+                    true => Ok(bytes),
+                    false => Err(Error::new(
+                        Kind::Corrupt,
+                        format!("{name} at {} is another", from.name()),
+                    )),
+                }
+            });
+            match (checked, self.plain.epochs.get(entry.epoch as usize)) {
+                (Ok(bytes), Some(epoch)) => {
+                    return put_patiently(to.writer(), &Parcel::new(name, *epoch, bytes, None))
+                        .await;
+                }
+                (Err(error), _) => fault = error,
+                (_, None) => return Err(Error::new(Kind::Bug, "a pack's epoch is not listed")),
+            }
+        }
+        Err(fault)
+    }
+
+    /// Waits until the WAL that the snapshot needs is listed, as long as it keeps coming.
+    async fn wait_for_wal(&self, lane: &Lane) -> Result<()> {
+        let needed = self.plain.wal_needed();
+        let (mut best, mut since) = (needed.start, Instant::now());
+        loop {
+            let covered = self.covered(lane, needed.start).await?;
+            if covered >= needed.end {
+                return Ok(());
+            }
+            if covered > best {
+                (best, since) = (covered, Instant::now());
+            }
+            if since.elapsed() > WAL_STANDSTILL_MAX {
+                let reason = format!(
+                    "location {} has the WAL from {} to {covered} only, and the snapshot needs it to {}",
+                    lane.name(),
+                    needed.start,
+                    needed.end
+                );
+                return Err(Error::new(Kind::Storage, reason)
+                    .remedy("see `backstay-agent status` for why WAL does not get there"));
+            }
+            tracing::debug!(location = %lane.name(), %covered, needed = %needed.end, "waiting for WAL");
+            self.wait_for_word(lane.name(), needed.end).await;
+        }
+    }
+
+    async fn covered(&self, lane: &Lane, from: Lsn) -> Result<Lsn> {
+        let (system, branch) = (self.plain.system, self.plain.branch);
+        let folder = folder::branch(system, branch);
+        // A span that holds the first byte starts at its span's start or later.
+        let after = folder::branch_from(system, branch, from.span_start());
+        let listed = patiently(|| lane.writer().location().list_from(&folder, &after)).await?;
+        let range = |name| match name {
+            ObjectName::Wal { range, .. } => Some(range),
+            _ => None,
+        };
+        let mut ranges: Vec<LsnRange> =
+            listed.into_iter().filter_map(|listed| range(listed.name?)).collect();
+        Ok(covered_until(from, &mut ranges))
+    }
+
+    /// Until the WAL's own task says that it is there, or it is time to look in any case.
+    async fn wait_for_word(&self, location: &LocationName, end: Lsn) {
+        let mut wal = self.wal.clone();
+        let is_there = |status: &WalStatus| {
+            status.locations.iter().any(|l| l.name == *location && l.stored >= end)
+        };
+        tokio::time::sleep(LOOK_AGAIN_AFTER).await;
+        // Whether it was said or not, the listing decides.
+        let _ = tokio::time::timeout(LOOK_EVERY, wal.wait_for(is_there)).await;
+    }
+}
+
+#[cfg(test)]
+mod tests;

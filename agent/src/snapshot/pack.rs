@@ -1,0 +1,173 @@
+//! Packs: frames collected into objects, sealed, and handed to the locations.
+//!
+//! A frame has a place at once and an address later: when its pack is sealed, the pack's id and the frame's offset are known. At
+//! any time one pack is being filled and one sealed; how many sealed ones are in memory is [`Fleet`]'s to bound.
+
+use super::progress::Meter;
+use super::ship::{Fleet, Parcel};
+use crate::epochs::Epochs;
+use backstay_common::cbor;
+use backstay_common::id::{EpochId, ObjectId, SystemId};
+use backstay_common::name::ObjectName;
+use backstay_common::pool;
+use backstay_common::seal::{self, Draft, Frame, FrameSpan, ObjectKind, Sealed, TAG_BYTES};
+use backstay_common::snapshot::{FrameRef, FrameUse, PackEntry, PackFrame, PackMeta};
+use backstay_common::{Error, Kind, Result};
+use std::sync::{Arc, OnceLock};
+use tokio::task::JoinSet;
+
+/// Sealed bytes at which a pack is full; it may be larger by one frame.
+const PACK_BYTES: usize = 32 << 20;
+/// Bounds the footer of a pack of highly compressible frames.
+const PACK_FRAMES_MAX: usize = 4096;
+
+/// A pack, known by its frames' places before it is known by its name.
+#[derive(Debug, Default)]
+struct Slot(OnceLock<(ObjectId, Vec<FrameSpan>)>);
+
+/// Where a frame is, or will be.
+#[derive(Clone, Debug)]
+pub struct Place {
+    slot: Arc<Slot>,
+    number: usize,
+}
+
+impl Place {
+    /// The frame's address; none until its pack is sealed.
+    pub fn frame(&self) -> Option<FrameRef> {
+        let (pack, spans) = self.slot.0.get()?;
+        Some(FrameRef { pack: *pack, span: spans[self.number] })
+    }
+}
+
+/// All packs of one snapshot.
+#[derive(Debug)]
+pub struct Packs {
+    system: SystemId,
+    epochs: Arc<Epochs>,
+    fleet: Arc<Fleet>,
+    meter: Arc<Meter>,
+    filling: Filling,
+    sealing: JoinSet<Result<(EpochId, PackEntry)>>,
+    done: Sealing,
+}
+
+/// What has been sealed so far.
+#[derive(Debug, Default)]
+pub struct Sealing {
+    pub epochs: Vec<EpochId>,
+    pub packs: Vec<PackEntry>,
+}
+
+#[derive(Debug, Default)]
+struct Filling {
+    slot: Arc<Slot>,
+    frames: Vec<Frame>,
+    meta: PackMeta,
+    bytes: usize,
+}
+
+impl Packs {
+    pub fn new(
+        system: SystemId,
+        epochs: Arc<Epochs>,
+        fleet: Arc<Fleet>,
+        meter: Arc<Meter>,
+    ) -> Packs {
+        let (filling, sealing, done) = (Filling::default(), JoinSet::new(), Sealing::default());
+        Packs { system, epochs, fleet, meter, filling, sealing, done }
+    }
+
+    /// Puts a frame into the pack that is being filled.
+    pub fn add(&mut self, frame: Frame, usage: FrameUse, hashes: Vec<u8>) -> Place {
+        let place = Place { slot: self.filling.slot.clone(), number: self.filling.frames.len() };
+        self.filling.bytes += frame.bytes.len() + TAG_BYTES;
+        self.filling.frames.push(frame);
+        self.filling.meta.frames.push(PackFrame { usage, hashes });
+        place
+    }
+
+    pub fn is_full(&self) -> bool {
+        self.filling.bytes >= PACK_BYTES || self.filling.frames.len() >= PACK_FRAMES_MAX
+    }
+
+    /// Begins to seal what is being filled, after waiting for the one before.
+    pub async fn seal(&mut self) -> Result<()> {
+        self.settle().await?;
+        let filled = std::mem::take(&mut self.filling);
+        if filled.frames.is_empty() {
+            return Ok(());
+        }
+        let (fleet, epochs, meter) = (self.fleet.clone(), self.epochs.clone(), self.meter.clone());
+        let system = self.system;
+        self.sealing.spawn(async move {
+            let room = fleet.admit().await?;
+            let epoch = epochs.current().await?;
+            let id = epoch.id();
+            let slot = filled.slot.clone();
+            let sealed = pool::run(move || seal_pack(filled, &epoch, system)).await?;
+            let entry = entry(&sealed);
+            meter.sealed(entry.size);
+            let known = slot.0.set((entry.id(), sealed.spans));
+            known.map_err(|_| Error::new(Kind::Bug, "a pack was sealed twice"))?;
+            fleet.send(Parcel::new(sealed.name, id, sealed.bytes, room));
+            Ok((id, entry))
+        });
+        Ok(())
+    }
+
+    /// Waits until all that was begun is sealed, and every place in it has its address.
+    pub async fn settle(&mut self) -> Result<()> {
+        while let Some(sealed) = self.sealing.join_next().await {
+            let (epoch, mut entry) =
+                sealed.map_err(|e| Error::new(Kind::Bug, format!("sealing a pack: {e}")))??;
+            let known = self.done.epochs.iter().position(|known| *known == epoch);
+            entry.epoch = known.unwrap_or(self.done.epochs.len()) as u32;
+            if known.is_none() {
+                self.done.epochs.push(epoch);
+            }
+            self.done.packs.push(entry);
+        }
+        Ok(())
+    }
+
+    /// Frames that nothing names after all: their bytes are no longer alive.
+    pub fn disown(&mut self, frames: &[FrameRef]) {
+        for frame in frames {
+            if let Some(entry) = self.done.packs.iter_mut().find(|entry| entry.id() == frame.pack) {
+                entry.live_bytes -= u64::from(frame.span.sealed_bytes);
+            }
+        }
+    }
+
+    #[cfg(test)]
+    pub fn fleet(&self) -> &Arc<Fleet> {
+        &self.fleet
+    }
+
+    pub fn into_sealed(self) -> Sealing {
+        self.done
+    }
+}
+
+fn seal_pack(filled: Filling, epoch: &backstay_common::keys::Epoch, system: SystemId) -> Sealed {
+    let draft = Draft {
+        kind: ObjectKind::Pack,
+        plain: Vec::new(),
+        frames: filled.frames,
+        meta: cbor::encode(&filled.meta),
+    };
+    seal::seal(draft, epoch, |id| ObjectName::Pack { system, id })
+}
+
+/// `epoch` is filled in by whoever keeps the list of epochs.
+fn entry(sealed: &Sealed) -> PackEntry {
+    PackEntry {
+        epoch: 0,
+        salt: *sealed.header.salt(),
+        commitment: *sealed.header.commitment(),
+        size: sealed.bytes.len() as u64,
+        hash: sealed.hash(),
+        live_bytes: sealed.spans.iter().map(|span| u64::from(span.sealed_bytes)).sum(),
+    }
+}

@@ -1,0 +1,195 @@
+//! Makes the locations equal again: what one of them lacks is copied from another, byte for byte.
+//!
+//! Needed after an agent was killed between the writes to two locations, and after a location was away. Runs at start,
+//! then every hour, never beside a snapshot. Copying keeps the order of the format (wraps, origins, packs and
+//! WAL, manifests last), so that a manifest at a location still implies all that it needs; it checks each object's
+//! BLAKE3 trailer and needs no key.
+
+use crate::context::AgentContext;
+use backstay_common::Result;
+use backstay_common::id::{Branch, LocationName};
+use backstay_common::location::Location;
+use backstay_common::lsn::LsnRange;
+use backstay_common::name::{ObjectName, folder};
+use backstay_common::seal::check_trailer;
+use futures::TryStreamExt;
+use std::collections::{BTreeMap, BTreeSet};
+
+/// Objects copied at the same time to one location; bounds memory to this many objects of at most 64 MiB.
+const COPIES_MAX: usize = 3;
+
+/// What one pass did.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct SyncReport {
+    /// Objects copied to each location that lacked any.
+    pub copied: BTreeMap<LocationName, u64>,
+    /// Locations that could not be listed or written, with the reason.
+    pub failed: Vec<(LocationName, String)>,
+}
+
+/// Lists all locations, and copies to each what another one has.
+pub async fn run(context: &AgentContext) -> Result<SyncReport> {
+    let mut report = SyncReport::default();
+    if context.writers.len() < 2 {
+        return Ok(report);
+    }
+    let listings = futures::future::join_all(context.writers.iter().map(|writer| async {
+        let listed = list(writer.location(), &folder::system(context.system)).await;
+        (writer.location().clone(), listed)
+    }))
+    .await;
+    let mut present: Vec<(Location, BTreeSet<ObjectName>)> = Vec::new();
+    for (location, listed) in listings {
+        match listed {
+            Ok(names) => present.push((location, names)),
+            Err(error) => report.failed.push((location.name().clone(), error.message().into())),
+        }
+    }
+    let all: BTreeSet<ObjectName> = present.iter().flat_map(|(_, names)| names).cloned().collect();
+    for (location, names) in &present {
+        match copy_missing(location, names, &all, &present).await {
+            Ok(0) => {}
+            Ok(count) => {
+                tracing::info!(location = %location.name(), count, "copied objects that it lacked");
+                report.copied.insert(location.name().clone(), count);
+            }
+            Err(error) => report.failed.push((location.name().clone(), error.message().into())),
+        }
+    }
+    Ok(report)
+}
+
+async fn list(location: &Location, folder: &str) -> Result<BTreeSet<ObjectName>> {
+    location.require_cluster().await?;
+    Ok(location.list(folder).await?.into_iter().filter_map(|listed| listed.name).collect())
+}
+
+async fn copy_missing(
+    to: &Location,
+    has: &BTreeSet<ObjectName>,
+    all: &BTreeSet<ObjectName>,
+    sources: &[(Location, BTreeSet<ObjectName>)],
+) -> Result<u64> {
+    let mut count = 0;
+    for group in missing(has, all) {
+        count += group.len() as u64;
+        futures::stream::iter(group.into_iter().map(Ok))
+            .try_for_each_concurrent(COPIES_MAX, |name| copy(to, name, sources))
+            .await?;
+    }
+    Ok(count)
+}
+
+/// What a location lacks of `all`, in groups that must be stored one after the other.
+///
+/// WAL counts as there if the location's own objects cover its range: pieces that a span has superseded
+/// do not come back.
+fn missing(has: &BTreeSet<ObjectName>, all: &BTreeSet<ObjectName>) -> Vec<Vec<ObjectName>> {
+    let covered = coverage(has);
+    let is_covered = |name: &ObjectName| match name {
+        ObjectName::Wal { branch, range, .. } => covered
+            .get(branch)
+            .is_some_and(|ranges| ranges.iter().any(|covered| covered.covers(range))),
+        _ => false,
+    };
+    let mut groups = vec![Vec::new(); 4];
+    for name in all.difference(has).filter(|name| !is_covered(name)) {
+        let group = match name {
+            ObjectName::Wrap { .. } => 0,
+            ObjectName::Origin { .. } | ObjectName::Begin { .. } => 1,
+            ObjectName::Pack { .. } | ObjectName::Wal { .. } => 2,
+            ObjectName::Manifest { .. } => 3,
+            ObjectName::Cluster | ObjectName::Head { .. } => continue,
+        };
+        groups[group].push(name.clone());
+    }
+    groups
+}
+
+/// The stretches of each branch that a location's objects cover without a hole.
+fn coverage(names: &BTreeSet<ObjectName>) -> BTreeMap<Branch, Vec<LsnRange>> {
+    let mut branches: BTreeMap<Branch, Vec<LsnRange>> = BTreeMap::new();
+    // The set's order is by branch, then by start.
+    for name in names {
+        let ObjectName::Wal { branch, range, .. } = name else { continue };
+        let stretches = branches.entry(*branch).or_default();
+        match stretches.last_mut().filter(|last| range.start <= last.end) {
+            Some(last) => last.end = last.end.max(range.end),
+            None => stretches.push(*range),
+        }
+    }
+    branches
+}
+
+async fn copy(
+    to: &Location,
+    name: ObjectName,
+    sources: &[(Location, BTreeSet<ObjectName>)],
+) -> Result<()> {
+    let mut last_error = None;
+    for (source, names) in sources {
+        if source.name() == to.name() || !names.contains(&name) {
+            continue;
+        }
+        let fetched = source.get(&name).await;
+        match fetched.and_then(|bytes| check_trailer(&bytes, &name.to_string()).map(|()| bytes)) {
+            Ok(bytes) => return to.put(&name, bytes).await.map(|_| ()),
+            Err(error) => {
+                tracing::warn!(location = %source.name(), "cannot copy {name}: {}", error.message());
+                last_error = Some(error);
+            }
+        }
+    }
+    // Deleted since it was listed, as superseded pieces are: nothing to copy.
+    match last_error.filter(|error| error.kind() != backstay_common::Kind::Missing) {
+        Some(error) => Err(error),
+        None => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use backstay_common::id::{ObjectId, SystemId};
+    use backstay_common::lsn::Lsn;
+
+    const SYSTEM: SystemId = SystemId::new(7);
+
+    fn wal(start: u64, end: u64, id: u8) -> ObjectName {
+        ObjectName::Wal {
+            system: SYSTEM,
+            branch: "00000001-01020304".parse().unwrap(),
+            range: LsnRange::new(Lsn::new(start), Lsn::new(end)),
+            id: ObjectId::from_bytes([id; 8]),
+        }
+    }
+
+    #[test]
+    fn copies_go_in_the_order_of_the_format() {
+        let snapshot = "20261122T020000Z-1f2e3d4c".parse().unwrap();
+        let names = [
+            ObjectName::Manifest { system: SYSTEM, snapshot },
+            ObjectName::Pack { system: SYSTEM, id: ObjectId::from_bytes([1; 8]) },
+            ObjectName::Begin { system: SYSTEM, snapshot },
+            "7/keys/00000000000000000000000000000000/0000000000000000".parse().unwrap(),
+        ];
+        let groups = missing(&BTreeSet::new(), &names.iter().cloned().collect());
+        let flat: Vec<ObjectName> = groups.concat();
+        assert_eq!(flat, names.into_iter().rev().collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn superseded_pieces_do_not_come_back() {
+        let has: BTreeSet<_> = [wal(0, 100, 1)].into();
+        let all: BTreeSet<_> =
+            [wal(0, 100, 1), wal(0, 40, 2), wal(40, 100, 3), wal(100, 120, 4)].into();
+        assert_eq!(missing(&has, &all).concat(), [wal(100, 120, 4)]);
+    }
+
+    #[test]
+    fn a_hole_is_filled() {
+        let has: BTreeSet<_> = [wal(0, 40, 1), wal(60, 100, 2)].into();
+        let all: BTreeSet<_> = has.iter().cloned().chain([wal(30, 70, 3)]).collect();
+        assert_eq!(missing(&has, &all).concat(), [wal(30, 70, 3)]);
+    }
+}

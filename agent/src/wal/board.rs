@@ -1,0 +1,118 @@
+//! What the tasks of the WAL path know of each other: one state behind one lock that is held for moments only, and a
+//! bell that rings at each change.
+
+use super::frontier::Frontier;
+use super::line::Line;
+use super::shelf::Shelf;
+use backstay_common::config::Acknowledge;
+use backstay_common::lsn::Lsn;
+use backstay_common::pgtime::PgTime;
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex};
+use std::time::Instant;
+use tokio::sync::watch;
+
+/// The shared state. Lost with the process: the spool and the locations have all that matters.
+#[derive(Debug)]
+pub struct Board {
+    state: Mutex<State>,
+    policy: Acknowledge,
+    bell: watch::Sender<u64>,
+}
+
+#[derive(Debug)]
+pub struct State {
+    pub frontier: Frontier,
+    pub shelf: Shelf,
+    /// By number. The greatest is the current one, if `current` says so.
+    pub lines: BTreeMap<u32, Arc<Line>>,
+    /// The line that is being received.
+    pub current: u32,
+    pub server: Server,
+    /// By location.
+    pub health: Vec<Health>,
+}
+
+/// What is known of PostgreSQL.
+#[derive(Clone, Debug, Default)]
+pub struct Server {
+    pub connected: bool,
+    /// How far its WAL reached, by its last message.
+    pub end: Lsn,
+    pub clock: Option<PgTime>,
+    /// Its last word that there was no more WAL than so much, at this time of its clock.
+    pub quiet: Option<(Lsn, PgTime)>,
+    /// Its shutdown checkpoint came then, and nothing after it.
+    pub leaving: Option<Instant>,
+    /// Where the WAL goes on behind the last gap.
+    pub gap_end: Option<Lsn>,
+    pub last_error: Option<String>,
+}
+
+/// How a location fares.
+#[derive(Clone, Debug, Default)]
+pub struct Health {
+    /// Failures without a success since.
+    pub failures: u32,
+    pub last_error: Option<String>,
+}
+
+impl Board {
+    pub fn new(locations: usize, policy: Acknowledge) -> Board {
+        let state = State {
+            frontier: Frontier::new(locations, Lsn::INVALID, Lsn::INVALID),
+            shelf: Shelf::new(locations),
+            lines: BTreeMap::new(),
+            current: 0,
+            server: Server::default(),
+            health: vec![Health::default(); locations],
+        };
+        Board { state: Mutex::new(state), policy, bell: watch::Sender::new(0) }
+    }
+
+    /// Changes the state, brings what follows from it up to date, and rings the bell.
+    pub fn update<T>(&self, change: impl FnOnce(&mut State) -> T) -> T {
+        let result = {
+            let mut state = self.state.lock().expect("no panic while held");
+            let result = change(&mut state);
+            state.settle(self.policy);
+            result
+        };
+        self.ring();
+        result
+    }
+
+    /// Changes what no other task waits for.
+    pub fn update_quietly<T>(&self, change: impl FnOnce(&mut State) -> T) -> T {
+        change(&mut self.state.lock().expect("no panic while held"))
+    }
+
+    pub fn read<T>(&self, look: impl FnOnce(&State) -> T) -> T {
+        look(&self.state.lock().expect("no panic while held"))
+    }
+
+    pub fn ring(&self) {
+        self.bell.send_modify(|rung| *rung = rung.wrapping_add(1));
+    }
+
+    /// Rings from now on.
+    pub fn listen(&self) -> watch::Receiver<u64> {
+        self.bell.subscribe()
+    }
+}
+
+impl State {
+    fn settle(&mut self, policy: Acknowledge) {
+        for location in 0..self.health.len() {
+            let stored = self.shelf.frontier(location, self.current);
+            self.frontier.store(location, stored);
+        }
+        self.frontier.acknowledge(policy);
+    }
+
+    /// Bytes on the local disk.
+    pub fn spool_bytes(&self) -> u64 {
+        let wal: u64 = self.lines.values().map(|line| line.spool.bytes()).sum();
+        wal + self.shelf.bytes()
+    }
+}

@@ -1,0 +1,175 @@
+//! Fills a location with what only another location has: WAL that the spool no longer holds.
+//!
+//! Objects are copied byte for byte, their trailers checked, and the wraps of their epochs before them. Only holes
+//! inside what the location has are filled: what is before its first object may have been pruned. It goes on in
+//! the background, object by object, and a restart begins it again from the listings.
+
+use super::WalPath;
+use backstay_common::id::{Branch, EpochId};
+use backstay_common::location::Location;
+use backstay_common::lsn::{Lsn, LsnRange, covered_until};
+use backstay_common::name::{ObjectName, folder};
+use backstay_common::seal::Header;
+use backstay_common::{Context, Error, Kind, Result};
+use bytes::Bytes;
+use std::sync::Arc;
+
+/// Starts filling the holes that `location` has in `branch` before `until`.
+pub fn spawn(path: &Arc<WalPath>, location: usize, branch: Branch, until: Lsn) {
+    let path = path.clone();
+    let stop = path.context.stop.clone();
+    path.clone().spawn(async move {
+        let filled = tokio::select! {
+            () = stop.cancelled() => return Ok(()),
+            filled = fill(&path, location, branch, until) => filled,
+        };
+        let name = path.context.writers[location].location().name().to_string();
+        match filled {
+            Ok(None) => path.context.alarms.clear("location-hole", &name),
+            Ok(Some(hole)) => {
+                let reason = format!("branch {branch}: no location has the WAL of {hole}");
+                path.context.alarms.raise("location-hole", &name, reason);
+            }
+            Err(error) => path.context.alarms.raise("location-hole", &name, error),
+        }
+        Ok(())
+    });
+}
+
+/// Returns the first hole that is left.
+async fn fill(
+    path: &WalPath,
+    location: usize,
+    branch: Branch,
+    until: Lsn,
+) -> Result<Option<LsnRange>> {
+    let mut have = ranges(path, location, branch).await?;
+    if first_hole(&mut have, until).is_none() {
+        return Ok(None);
+    }
+    for other in (0..path.context.writers.len()).filter(|&other| other != location) {
+        let Ok(offered) = objects(path, other, branch).await else { continue };
+        for (range, name) in offered {
+            if range.start < until && fills(&have, range) {
+                copy(path, other, location, &name).await?;
+                have.push(range);
+                tracing::info!(object = %name, "a hole was filled");
+            }
+        }
+    }
+    Ok(first_hole(&mut have, until))
+}
+
+/// The first hole after the first range and before `until`.
+fn first_hole(have: &mut [LsnRange], until: Lsn) -> Option<LsnRange> {
+    let begin = have.iter().map(|range| range.start).min()?;
+    let end = covered_until(begin, have);
+    let next = have.iter().map(|range| range.start).filter(|&start| start > end).min();
+    (end < until).then(|| LsnRange::new(end, next.unwrap_or(until).min(until)))
+}
+
+/// True if something of `range` is missing, after the first of `have`.
+fn fills(have: &[LsnRange], range: LsnRange) -> bool {
+    let Some(begin) = have.iter().map(|range| range.start).min() else { return false };
+    let mut touching: Vec<LsnRange> =
+        have.iter().filter(|h| h.start < range.end && h.end > range.start).copied().collect();
+    range.start >= begin && covered_until(range.start, &mut touching) < range.end
+}
+
+async fn objects(
+    path: &WalPath,
+    location: usize,
+    branch: Branch,
+) -> Result<Vec<(LsnRange, ObjectName)>> {
+    let place = path.context.writers[location].location();
+    let listed = place.list(&folder::branch(path.context.system, branch)).await?;
+    let mut found: Vec<(LsnRange, ObjectName)> = listed
+        .into_iter()
+        .filter_map(|object| match object.name {
+            Some(name @ ObjectName::Wal { range, .. }) => Some((range, name)),
+            _ => None,
+        })
+        .collect();
+    // The longest first, so that no piece is copied whose span is there.
+    found.sort_by_key(|(range, _)| (range.start, std::cmp::Reverse(range.end)));
+    Ok(found)
+}
+
+async fn ranges(path: &WalPath, location: usize, branch: Branch) -> Result<Vec<LsnRange>> {
+    Ok(objects(path, location, branch).await?.into_iter().map(|(range, _)| range).collect())
+}
+
+async fn copy(path: &WalPath, from: usize, to: usize, name: &ObjectName) -> Result<()> {
+    let bytes = path.context.writers[from].location().get(name).await?;
+    store(path, to, name, bytes).await
+}
+
+/// Stores an object whoever sealed it: the wraps of its epoch go first, ours or copied from another location.
+pub async fn store(path: &WalPath, to: usize, name: &ObjectName, bytes: Bytes) -> Result<()> {
+    let header = Header::check(&bytes, name)?;
+    let writer = &path.context.writers[to];
+    match writer.put(name, header.epoch(), bytes.clone()).await {
+        Err(error) if error.kind() == Kind::Missing => {}
+        result => return result.map(drop),
+    }
+    copy_wraps(path, to, header.epoch()).await?;
+    writer.location().put(name, bytes).await.map(drop)
+}
+
+async fn copy_wraps(path: &WalPath, to: usize, epoch: EpochId) -> Result<()> {
+    let target = path.context.writers[to].location();
+    let folder = folder::epoch(path.context.system, epoch);
+    let mut copied = !target.list(&folder).await?.is_empty();
+    for (_, writer) in path.context.writers.iter().enumerate().filter(|(n, _)| *n != to) {
+        match copy_wraps_from(writer.location(), target, &folder).await {
+            Ok(any) => copied |= any,
+            Err(error) => tracing::warn!(%error, "wraps cannot be copied from there"),
+        }
+    }
+    match copied {
+        true => Ok(()),
+        false => Err(Error::new(
+            Kind::Key,
+            format!("no location that answers holds the wraps of epoch {epoch}"),
+        )),
+    }
+}
+
+async fn copy_wraps_from(from: &Location, to: &Location, folder: &str) -> Result<bool> {
+    let mut any = false;
+    for listed in from.list(folder).await? {
+        let Some(name @ ObjectName::Wrap { .. }) = listed.name else { continue };
+        let bytes = from.get(&name).await?;
+        Header::check(&bytes, &name)?;
+        to.put(&name, bytes).await.context("copy an epoch's wrap")?;
+        any = true;
+    }
+    Ok(any)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn range(start: u64, end: u64) -> LsnRange {
+        LsnRange::new(Lsn::new(start), Lsn::new(end))
+    }
+
+    #[test]
+    fn holes_are_those_inside_what_is_there() {
+        let until = Lsn::new(100);
+        assert_eq!(first_hole(&mut [], until), None, "an empty location is not ours to fill");
+        assert_eq!(first_hole(&mut [range(10, 120)], until), None);
+        assert_eq!(first_hole(&mut [range(10, 50)], until), Some(range(50, 100)));
+        assert_eq!(first_hole(&mut [range(10, 50), range(60, 100)], until), Some(range(50, 60)));
+    }
+
+    #[test]
+    fn only_what_is_missing_is_copied() {
+        let have = [range(10, 50), range(60, 100)];
+        assert!(fills(&have, range(50, 60)));
+        assert!(fills(&have, range(40, 61)));
+        assert!(!fills(&have, range(20, 30)));
+        assert!(!fills(&have, range(0, 10)), "what is before the first may have been pruned");
+    }
+}

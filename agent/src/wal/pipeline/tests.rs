@@ -1,0 +1,221 @@
+use super::super::board::Board;
+use super::super::sealed::Sealed;
+use super::*;
+use crate::context::AgentContext;
+use crate::epochs::Epochs;
+use backstay_common::config::Settings;
+use backstay_common::id::SystemId;
+use backstay_common::keys::Keyring;
+use backstay_common::keys::file::FileProvider;
+use backstay_common::lsn::SPAN_BYTES;
+use backstay_common::origin::Beginnings;
+use backstay_common::segment::{SegmentSize, TimelineId};
+use backstay_common::wal::testing::WalBuilder;
+use std::path::Path;
+
+const SYSTEM: SystemId = SystemId::new(7);
+const BEGIN: Lsn = Lsn::new(SPAN_BYTES);
+
+fn version() -> WalVersion {
+    WalVersion::from_major(15).unwrap()
+}
+
+/// Valid WAL of at least `bytes` bytes: commits, and records that cross pages.
+fn wal(bytes: u64) -> WalBuilder {
+    let size = SegmentSize::DEFAULT;
+    let mut wal = WalBuilder::new(version(), size, SYSTEM, TimelineId::FIRST, BEGIN);
+    let mut xid = 700;
+    while wal.position() < BEGIN.add(bytes) {
+        xid += 1;
+        wal.ordinary(xid, 30_000);
+        wal.commit(xid, i64::from(xid));
+    }
+    wal
+}
+
+fn path(state: &Path) -> Arc<WalPath> {
+    let text = format!(
+        "cluster = \"orders\"\nagent = \"db1\"\nstate-dir = \"{}\"\n[[location]]\nname = \"a\"\n\
+         url = \"file:///nowhere\"\n[keys]\nprovider = \"file\"\npath = \"/nowhere\"\n",
+        state.display()
+    );
+    let settings = Settings::parse(&text, None).unwrap();
+    let keyring = Keyring::new(Arc::new(FileProvider::generate()), settings.cluster.clone());
+    let context = Arc::new(AgentContext {
+        epochs: Arc::new(Epochs::new(Arc::new(keyring), SYSTEM, state).unwrap()),
+        system: SYSTEM,
+        server_version: 150_018,
+        segment_size: SegmentSize::DEFAULT,
+        writers: Vec::new(),
+        alarms: Arc::default(),
+        stop: CancellationToken::new(),
+        settings,
+    });
+    let root = state.to_path_buf();
+    let sealed = Sealed::create(&root, SYSTEM).unwrap();
+    let board = Board::new(0, context.settings.durability.acknowledge);
+    let (fatal, _) = mpsc::unbounded_channel();
+    Arc::new(WalPath { context, root, sealed, board, fatal, halt: CancellationToken::new() })
+}
+
+/// A pipeline over what the folder holds, or over a new line.
+fn open(state: &Path) -> Pipeline {
+    let path = path(state);
+    let line = Line::open_all(&path.root).unwrap().pop();
+    let line = line.unwrap_or_else(|| {
+        Line::create(&path.root, 1, Beginnings::of_first_timeline(), BEGIN).unwrap()
+    });
+    let line = Arc::new(line);
+    path.take_up(&line, Lsn::INVALID);
+    Pipeline::open(path, line).unwrap()
+}
+
+/// Feeds `wal` from `start` in messages of `size` bytes, as one connection.
+async fn feed(
+    pipeline: Pipeline,
+    wal: &[u8],
+    start: Lsn,
+    size: usize,
+) -> (Pipeline, Result<(), Fault>) {
+    let (sender, receiver) = mpsc::channel(wal.len() / size + 2);
+    let mut at = start;
+    for bytes in wal.chunks(size) {
+        let (bytes, clock) = (Bytes::copy_from_slice(bytes), PgTime(5));
+        let server_end = at.add(bytes.len() as u64);
+        sender.send(Message::Wal { start: at, bytes, server_end, clock }).await.unwrap();
+        at = server_end;
+    }
+    drop(sender);
+    pipeline.run(receiver, CancellationToken::new()).await
+}
+
+fn cuts(pipeline: &Pipeline) -> Vec<Cut> {
+    std::iter::from_fn(|| pipeline.line.pop_cut()).collect()
+}
+
+fn spooled(pipeline: &Pipeline) -> Vec<u8> {
+    let spool = &pipeline.line.spool;
+    spool.read(LsnRange::new(spool.begin(), spool.end())).unwrap()
+}
+
+#[tokio::test]
+async fn what_comes_is_spooled_and_cut_at_borders_and_at_the_end() {
+    let folder = tempfile::tempdir().unwrap();
+    let wal = wal(SPAN_BYTES + 100_000);
+    let (pipeline, result) = feed(open(folder.path()), wal.bytes(), BEGIN, 128 << 10).await;
+    assert!(result.is_ok());
+    assert!(spooled(&pipeline) == wal.bytes());
+    let cuts = cuts(&pipeline);
+    let border = BEGIN.add(SPAN_BYTES);
+    let ranges: Vec<LsnRange> = cuts.iter().map(|cut| cut.range).collect();
+    assert_eq!(ranges, vec![LsnRange::new(BEGIN, border), LsnRange::new(border, wal.position())]);
+    assert_eq!(cuts[0].summary.first_record, Some(wal.records()[0].start));
+    assert_eq!(cuts[0].summary.least_time, Some(701));
+    let last = wal.records().last().unwrap();
+    assert_eq!(cuts[1].summary.last_record_end, Some(last.end));
+    assert_eq!(cuts[1].clock, Some(PgTime(5)));
+    let (before, after) = (cuts[0].summary.greatest_time, cuts[1].summary.least_time);
+    assert_eq!(before.unwrap() + 1, after.unwrap(), "each commit is in one summary");
+}
+
+#[tokio::test]
+async fn a_span_that_was_cut_into_pieces_is_cut_whole_too() {
+    let folder = tempfile::tempdir().unwrap();
+    let wal = wal(SPAN_BYTES);
+    let half = wal.bytes().len() / 2;
+    let (pipeline, _) = feed(open(folder.path()), &wal.bytes()[..half], BEGIN, 100_000).await;
+    let piece = cuts(&pipeline).remove(0);
+    assert_eq!(piece.range, LsnRange::new(BEGIN, BEGIN.add(half as u64)));
+    let (pipeline, _) = feed(pipeline, wal.bytes(), BEGIN, 8192).await;
+    let span = cuts(&pipeline).remove(0);
+    assert_eq!(span.range, LsnRange::new(BEGIN, BEGIN.add(SPAN_BYTES)));
+    assert_eq!(span.summary.first_record, piece.summary.first_record);
+    assert_eq!(span.summary.least_time, piece.summary.least_time);
+    assert!(span.summary.greatest_time > piece.summary.greatest_time);
+}
+
+#[tokio::test]
+async fn a_kill_at_any_byte_loses_nothing_and_keeps_no_garbage() {
+    let wal = wal(300_000);
+    for (cut, garbage) in
+        [(0, 0), (40, 0), (24 + 10, 5), (70_001, 0), (100_000, 4096), (299_999, 1)]
+    {
+        let folder = tempfile::tempdir().unwrap();
+        let (pipeline, _) = feed(open(folder.path()), &wal.bytes()[..cut], BEGIN, 9000).await;
+        let file = pipeline.line.spool.folder().join(format!("{}.wal", BEGIN.name()));
+        drop(pipeline);
+        let torn = [&wal.bytes()[..cut], &vec![0xAB; garbage][..]].concat();
+        std::fs::write(&file, torn).unwrap();
+        let pipeline = open(folder.path());
+        let kept = spooled(&pipeline);
+        assert!(kept.starts_with(&wal.bytes()[..kept.len().min(cut)]), "{cut}");
+        assert!(garbage > 0 || kept.len() == cut, "bytes were dropped at {cut}");
+        let whole = pipeline.decoder.record_end();
+        let (pipeline, _) = feed(pipeline, &[], BEGIN, 8192).await;
+        for early in cuts(&pipeline) {
+            assert!(early.range.end <= whole, "what may be garbage was cut at {cut}");
+        }
+        let (mut pipeline, mut result) = feed(pipeline, wal.bytes(), BEGIN, 8192).await;
+        if matches!(result, Err(Fault::Hole { .. })) {
+            // The torn record began in an earlier message: the connection is dropped, and begins before it.
+            (pipeline, result) = feed(pipeline, wal.bytes(), BEGIN, 8192).await;
+        }
+        assert!(result.is_ok(), "{cut}: {result:?}");
+        assert!(spooled(&pipeline) == wal.bytes());
+    }
+}
+
+#[tokio::test]
+async fn a_hole_and_other_bytes_are_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let wal = wal(100_000);
+    let (pipeline, _) = feed(open(folder.path()), &wal.bytes()[..50_000], BEGIN, 10_000).await;
+    let rest = &wal.bytes()[60_000..];
+    let (pipeline, result) = feed(pipeline, rest, BEGIN.add(60_000), 10_000).await;
+    assert!(matches!(result, Err(Fault::Hole { .. })), "{result:?}");
+    let mut other = wal.bytes().to_vec();
+    other[30_000] ^= 1;
+    let (pipeline, result) = feed(pipeline, &other, BEGIN, 10_000).await;
+    assert!(matches!(result, Err(Fault::Diverged { at }) if at == BEGIN.add(30_000)), "{result:?}");
+    assert!(spooled(&pipeline) == wal.bytes()[..50_000]);
+}
+
+#[tokio::test]
+async fn broken_wal_is_not_kept_and_the_stream_can_be_taken_up_again() {
+    let folder = tempfile::tempdir().unwrap();
+    let wal = wal(200_000);
+    let mut damaged = wal.bytes().to_vec();
+    damaged[150_000] ^= 1;
+    let (pipeline, result) = feed(open(folder.path()), &damaged, BEGIN, 8192).await;
+    assert!(matches!(result, Err(Fault::Broken(_))), "{result:?}");
+    assert!(spooled(&pipeline).len() < 150_000);
+    assert!(wal.records().iter().any(|record| record.end == pipeline.line.spool.end()));
+    let (pipeline, result) = feed(pipeline, wal.bytes(), BEGIN, 8192).await;
+    assert!(result.is_ok(), "{result:?}");
+    assert!(spooled(&pipeline) == wal.bytes());
+}
+
+#[tokio::test]
+async fn a_full_span_that_may_end_in_garbage_is_cut_only_when_the_server_has_sent_it_again() {
+    let wal = wal(SPAN_BYTES + 100_000);
+    let border = BEGIN.add(SPAN_BYTES);
+    let crosses = |r: &&LsnRange| r.start < border && r.end > border;
+    let across = *wal.records().iter().find(crosses).expect("records of 30,000 bytes cross it");
+    let folder = tempfile::tempdir().unwrap();
+    let until = SPAN_BYTES as usize + 8;
+    let (pipeline, _) = feed(open(folder.path()), &wal.bytes()[..until], BEGIN, 1 << 17).await;
+    let file = pipeline.line.spool.folder().join(format!("{}.wal", BEGIN.name()));
+    drop(pipeline);
+    let mut torn = std::fs::read(&file).unwrap();
+    torn[SPAN_BYTES as usize - 100..].fill(0xAB);
+    std::fs::write(&file, torn).unwrap();
+    let pipeline = open(folder.path());
+    assert!(cuts(&pipeline).is_empty());
+    assert_eq!(pipeline.decoder.record_end(), across.start);
+    let (pipeline, result) = feed(pipeline, wal.bytes(), BEGIN, 1 << 17).await;
+    assert!(matches!(result, Ok(()) | Err(Fault::Hole { .. })), "{result:?}");
+    let (pipeline, result) = feed(pipeline, wal.bytes(), BEGIN, 1 << 17).await;
+    assert!(result.is_ok(), "{result:?}");
+    assert!(spooled(&pipeline) == wal.bytes());
+    assert!(cuts(&pipeline).iter().any(|cut| cut.range == LsnRange::new(BEGIN, border)));
+}

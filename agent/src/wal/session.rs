@@ -1,0 +1,486 @@
+//! The connection to PostgreSQL: where to begin, and what to do when a stream ends.
+//!
+//! It connects for ever, with pauses, until the agent stops. What decides where to begin is [`decide`], which is pure.
+//! A gap, WAL that the server no longer has, is written to `gaps` in the spool, fsynced, before the stream goes on
+//! behind it; nothing else ever skips WAL.
+
+use super::WalPath;
+use super::branch;
+use super::line::Line;
+use super::pipeline::{Fault, Pipeline};
+use super::receive::{End, receive};
+use backstay_common::id::Branch;
+use backstay_common::lsn::{Lsn, LsnRange};
+use backstay_common::origin::Beginnings;
+use backstay_common::postgres::{
+    Connection, Conninfo, DUPLICATE_OBJECT, EndOfStream, Identity, Mode, Stream, StreamMessage,
+    UNDEFINED_FILE, literal,
+};
+use backstay_common::segment::{Ancestor, TimelineId, parse_history};
+use backstay_common::wal::{Decoder, WalVersion};
+use backstay_common::{Context, Error, Kind, Result};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+const BACKOFF: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(15));
+/// A stream that lasted so long was a good one.
+const GOOD: Duration = Duration::from_secs(10);
+/// How long the first record of a timeline is waited for.
+const FIRST_RECORD_PATIENCE: Duration = Duration::from_secs(20);
+/// Bytes of WAL in which it must come.
+const FIRST_RECORD_WITHIN: u64 = 4 << 20;
+
+/// Receives until the agent stops. An error is one that the process must stop for.
+pub async fn run(path: Arc<WalPath>, pipeline: Option<Pipeline>) -> Result<()> {
+    let mut session = Session { path: path.clone(), pipeline };
+    let stop = path.context.stop.clone();
+    let mut failures = 0;
+    while !stop.is_cancelled() {
+        let began = Instant::now();
+        let result = tokio::select! {
+            result = session.once() => result,
+            () = stop_before_streaming(&path) => Ok(()),
+        };
+        path.board.update(|state| state.server.connected = false);
+        let error = match result {
+            Ok(()) => None,
+            Err(error) if is_fatal(&error) => return Err(error),
+            Err(error) => Some(error),
+        };
+        failures = if began.elapsed() > GOOD || error.is_none() { 1 } else { failures + 1 };
+        if let Some(error) = error {
+            session.complain(&error, failures);
+        }
+        tokio::select! {
+            () = tokio::time::sleep(super::backoff(failures, BACKOFF)) => {}
+            () = stop.cancelled() => {}
+        }
+    }
+    session.finish().await
+}
+
+/// While streaming, the stream itself sees to the stop; before, nothing is lost by dropping what was begun.
+async fn stop_before_streaming(path: &WalPath) {
+    path.context.stop.cancelled().await;
+    while path.board.read(|state| state.server.connected) {
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+fn is_fatal(error: &Error) -> bool {
+    matches!(error.kind(), Kind::Local | Kind::Bug | Kind::Corrupt)
+}
+
+struct Session {
+    path: Arc<WalPath>,
+    /// Of the current line; none before the first.
+    pipeline: Option<Pipeline>,
+}
+
+/// What the server's timeline means for the line that is spooled.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Decision {
+    /// More of the same line.
+    Continue,
+    /// The line has ended at `at`, where `next` begins.
+    Switch { next: TimelineId, at: Lsn },
+    /// The server has another history: the line stays as it is.
+    Anew,
+}
+
+/// `position` is how far the line is spooled; `history` is that of the server's `timeline`.
+fn decide(
+    line: &Beginnings,
+    position: Lsn,
+    timeline: TimelineId,
+    history: Option<&[u8]>,
+) -> Result<Decision> {
+    if timeline == line.timeline {
+        let same = history == line.history.as_deref();
+        return Ok(if same { Decision::Continue } else { Decision::Anew });
+    }
+    let ancestors = ancestors(history)?;
+    let Some(n) = ancestors.iter().position(|a| a.timeline == line.timeline) else {
+        return Ok(Decision::Anew);
+    };
+    if self::ancestors(line.history.as_deref())? != ancestors[..n] {
+        return Ok(Decision::Anew);
+    }
+    let at = ancestors[n].switch;
+    let next = ancestors.get(n + 1).map_or(timeline, |next| next.timeline);
+    Ok(if position < at { Decision::Continue } else { Decision::Switch { next, at } })
+}
+
+fn ancestors(history: Option<&[u8]>) -> Result<Vec<Ancestor>> {
+    let text = String::from_utf8_lossy(history.unwrap_or_default());
+    parse_history(&text).map_err(|reason| Error::new(Kind::Postgres, reason))
+}
+
+impl Session {
+    /// One connection, from its beginning to its end.
+    async fn once(&mut self) -> Result<()> {
+        let mut connection = self.connect(Mode::Replication).await?;
+        let identity = self.identify(&mut connection).await?;
+        self.ensure_slot(&mut connection).await?;
+        let history = history_of(&mut connection, identity.timeline).await?;
+        let decision = match &self.pipeline {
+            Some(p) => {
+                decide(&p.line.beginnings, p.position(), identity.timeline, history.as_deref())?
+            }
+            None => Decision::Anew,
+        };
+        match decision {
+            Decision::Continue => {}
+            Decision::Switch { next, at } => self.switch(&mut connection, next, at).await?,
+            Decision::Anew => self.begin_anew(&mut connection, &identity).await?,
+        }
+        self.stream(connection).await
+    }
+
+    /// Streams the current line, and those that follow it, for as long as the connection lasts.
+    async fn stream(&mut self, mut connection: Connection) -> Result<()> {
+        loop {
+            let no_line = || Error::new(Kind::Bug, "there is no line to stream");
+            let line = self.pipeline.as_ref().ok_or_else(no_line)?;
+            let (timeline, from) = (line.line.timeline(), self.start_of(line));
+            let slot = &self.path.context.settings.postgres.slot;
+            let stream = match connection.start_replication(Some(slot), timeline, from).await {
+                Ok(stream) => stream,
+                Err(error) => return self.refused(error).await,
+            };
+            tracing::info!(%timeline, %from, "streaming");
+            self.path.context.alarms.clear("postgres-down", "");
+            self.path.board.update(|state| {
+                state.server.connected = true;
+                state.server.leaving = None;
+                state.server.last_error = None;
+            });
+            let pipeline = self.pipeline.take().ok_or_else(no_line)?;
+            let (pipeline, end) = receive(&self.path, stream, pipeline).await?;
+            self.pipeline = Some(pipeline);
+            match self.ended(end).await? {
+                Some(again) => connection = again,
+                None => return Ok(()),
+            }
+        }
+    }
+
+    /// The segment start of what is spooled.
+    fn start_of(&self, pipeline: &Pipeline) -> Lsn {
+        self.path.context.segment_size.start_of(pipeline.position())
+    }
+
+    /// A connection to go on with, if there is one.
+    async fn ended(&mut self, end: End) -> Result<Option<Connection>> {
+        if !matches!(end, End::Pipeline(_)) {
+            self.path.context.alarms.clear("wal-diverged", "");
+            self.path.context.alarms.clear("wal-broken", "");
+        }
+        match end {
+            End::Server(EndOfStream::TimelineSwitch { next, start }, stream) => {
+                let Some(mut connection) = stream.into_connection() else { return Ok(None) };
+                self.switch(&mut connection, next, start).await?;
+                Ok(Some(connection))
+            }
+            End::Server(EndOfStream::Closed, _) => {
+                Err(Error::new(Kind::Postgres, "the server closed the connection"))
+            }
+            End::Server(EndOfStream::ServerShutdown, _) | End::Left => {
+                Err(Error::new(Kind::Postgres, "the server has been shut down"))
+            }
+            End::Stopped => Ok(None),
+            End::Failed(error) => self.refused(error).await.map(|()| None),
+            End::Pipeline(fault) => Err(self.broken(fault)),
+        }
+    }
+
+    fn broken(&self, fault: Fault) -> Error {
+        let alarms = &self.path.context.alarms;
+        match fault {
+            Fault::Hole { expected, found } => {
+                let reason = format!("the server went on at {found} where {expected} was next");
+                Error::new(Kind::Postgres, reason)
+            }
+            Fault::Diverged { at } => {
+                let reason = format!("the server's WAL at {at} is not what it sent before");
+                alarms.raise("wal-diverged", "", &reason);
+                Error::new(Kind::Postgres, reason).remedy(
+                    "if the server was reset to an older state, move the spool away and start again",
+                )
+            }
+            Fault::Broken(fault) => {
+                let reason =
+                    format!("the server's WAL does not continue what came before: {fault}");
+                alarms.raise("wal-broken", "", &reason);
+                Error::new(Kind::Postgres, reason)
+            }
+            Fault::Held => {
+                Error::new(Kind::Postgres, "the connection ended while the spool was full")
+            }
+            Fault::Fatal(error) => error,
+        }
+    }
+
+    /// A stream could not begin. If its WAL is gone, the next one begins behind the gap.
+    async fn refused(&mut self, error: Error) -> Result<()> {
+        let Some(pipeline) = self.pipeline.as_ref().filter(|_| is_gone(&error)) else {
+            return Err(error);
+        };
+        let position = pipeline.position();
+        let mut connection = self.connect(Mode::Replication).await?;
+        let identity = self.identify(&mut connection).await?;
+        let history = history_of(&mut connection, identity.timeline).await?;
+        let line = &pipeline.line.beginnings;
+        if line.timeline != identity.timeline {
+            // The rest of an older timeline is gone; the next one may still be there.
+            let decided = decide(line, Lsn::MAX, identity.timeline, history.as_deref())?;
+            if let Decision::Switch { next, at } = decided {
+                self.record_gap(LsnRange::new(position, at.max(position)))?;
+                return self.switch(&mut connection, next, at).await;
+            }
+        }
+        let from = self.path.context.segment_size.start_of(self.held_from(identity.flush).await?);
+        if from <= position {
+            return Err(error.context(format!("WAL from {position} on, which the slot holds")));
+        }
+        self.record_gap(LsnRange::new(position, from))?;
+        let (beginnings, branch) = (line.clone(), pipeline.line.branch());
+        self.begin_line(beginnings, branch, from, Lsn::INVALID).await
+    }
+
+    fn record_gap(&self, gap: LsnRange) -> Result<()> {
+        if gap.is_empty() {
+            return Ok(());
+        }
+        self.path.record_gap(gap)
+    }
+
+    /// The first WAL that the server holds for us.
+    async fn held_from(&self, flush: Lsn) -> Result<Lsn> {
+        let mut connection = self.connect(Mode::Sql).await?;
+        let slot = literal(&self.path.context.settings.postgres.slot);
+        let sql = format!(
+            "SELECT restart_lsn FROM pg_catalog.pg_replication_slots WHERE slot_name = {slot}"
+        );
+        let rows = connection.query(&sql).await?;
+        connection.close().await;
+        let held = rows.first().and_then(|row| row.get(0)).and_then(|text| text.parse().ok());
+        Ok(held.unwrap_or(flush))
+    }
+
+    /// The line that is spooled ends; that of timeline `next` begins with the segment that holds `at`.
+    async fn switch(
+        &mut self,
+        connection: &mut Connection,
+        next: TimelineId,
+        at: Lsn,
+    ) -> Result<()> {
+        tracing::info!(timeline = %next, %at, "timeline switch");
+        let beginnings = self.beginnings(connection, next).await?;
+        let begin = self.path.context.segment_size.start_of(at);
+        self.begin_line(beginnings, None, begin, at).await
+    }
+
+    /// Nothing is spooled that the server could continue.
+    async fn begin_anew(&mut self, connection: &mut Connection, identity: &Identity) -> Result<()> {
+        let beginnings = self.beginnings(connection, identity.timeline).await?;
+        let held = self.held_from(identity.flush).await?;
+        let answers = branch::ask_all(&self.path, &beginnings).await;
+        let frontiers = answers.iter().flatten().map(|found| found.frontier);
+        let least = frontiers.filter(|lsn| lsn.is_valid()).min();
+        let from = least.unwrap_or(held).min(identity.flush);
+        let begin = self.path.context.segment_size.start_of(from);
+        self.begin_line(beginnings, None, begin, Lsn::INVALID).await
+    }
+
+    /// Ends the current line and begins another, whose branch may be known.
+    async fn begin_line(
+        &mut self,
+        beginnings: Beginnings,
+        branch: Option<Branch>,
+        begin: Lsn,
+        floor: Lsn,
+    ) -> Result<()> {
+        let old = self.pipeline.take();
+        let path = self.path.clone();
+        let (line, pipeline) = super::blocking(move || {
+            old.map_or(Ok(()), Pipeline::finish)?;
+            let number = path.board.read(|s| s.lines.keys().max().map_or(1, |n| n + 1));
+            let line = Arc::new(Line::create(&path.root, number, beginnings, begin)?);
+            branch.map_or(Ok(()), |branch| line.settle(branch))?;
+            path.take_up(&line, floor);
+            Ok((line.clone(), Pipeline::open(path, line)?))
+        })
+        .await?;
+        self.pipeline = Some(pipeline);
+        self.path.start_sealing(&line);
+        Ok(())
+    }
+
+    async fn beginnings(
+        &self,
+        connection: &mut Connection,
+        timeline: TimelineId,
+    ) -> Result<Beginnings> {
+        if timeline == TimelineId::FIRST {
+            return Ok(Beginnings::of_first_timeline());
+        }
+        let history = history_of(connection, timeline).await?;
+        let mut beginnings = Beginnings { timeline, history, first_record: None };
+        let switch = beginnings.switch()?;
+        let read = tokio::time::timeout(FIRST_RECORD_PATIENCE, self.first_record(timeline, switch));
+        let waited =
+            |_| Error::new(Kind::Postgres, format!("timeline {timeline} has no record yet"));
+        beginnings.first_record = match read.await.map_err(waited)? {
+            Err(error) if is_gone(&error) => None,
+            read => Some(read?),
+        };
+        Ok(beginnings)
+    }
+
+    /// The first record of a timeline that begins at `switch`, read over a connection of its own.
+    async fn first_record(&self, timeline: TimelineId, switch: Lsn) -> Result<Vec<u8>> {
+        let context = &self.path.context;
+        let version = WalVersion::from_major(context.major())
+            .map_err(|unknown| Error::new(Kind::Postgres, unknown))?;
+        let mut decoder =
+            Decoder::new(version, context.segment_size, context.system, timeline, switch);
+        let from = context.segment_size.start_of(switch);
+        let connection = self.connect(Mode::Replication).await?;
+        let mut stream: Stream = connection.start_replication(None, timeline, from).await?;
+        let mut wal = Vec::new();
+        loop {
+            let StreamMessage::Wal { start, bytes, .. } = stream.next().await? else { continue };
+            let skip = switch.since(start).min(bytes.len() as u64) as usize;
+            wal.extend_from_slice(&bytes[skip..]);
+            // Eight bytes at a time: no two records end within them.
+            while decoder.record_count() == 0 {
+                let at = decoder.position().since(switch) as usize;
+                let Some(next) = wal.get(at..at + 8) else { break };
+                let fed = decoder.feed(next, &mut |_| {}).map_err(Error::from);
+                fed.context("read a timeline's first record")?;
+            }
+            if let Some(first) = decoder.take_first_record() {
+                let until = decoder.record_end().since(switch).min(wal.len() as u64) as usize;
+                return Ok(wal[first.since(switch) as usize..until].to_vec());
+            }
+            if wal.len() as u64 > FIRST_RECORD_WITHIN {
+                let reason = format!("timeline {timeline} begins with no record at {switch}");
+                return Err(Error::new(Kind::Postgres, reason));
+            }
+        }
+    }
+
+    async fn connect(&self, mode: Mode) -> Result<Connection> {
+        let settings = &self.path.context.settings.postgres;
+        let info =
+            Conninfo::parse(&settings.conninfo)?.with_default_application_name(&settings.slot);
+        Connection::connect(&info, mode).await
+    }
+
+    async fn identify(&self, connection: &mut Connection) -> Result<Identity> {
+        let identity = connection.identify_system().await?;
+        let expected = self.path.context.system;
+        if identity.system != expected {
+            let reason =
+                format!("the server is system {}, not {expected} as before", identity.system);
+            return Err(Error::new(Kind::Postgres, reason)
+                .remedy("correct conninfo, or restart the agent if the server was replaced"));
+        }
+        Ok(identity)
+    }
+
+    async fn ensure_slot(&self, connection: &mut Connection) -> Result<()> {
+        let slot = &self.path.context.settings.postgres.slot;
+        match connection.create_physical_slot(slot).await {
+            Err(error) if error.sqlstate() == Some(DUPLICATE_OBJECT) => Ok(()),
+            Ok(()) => {
+                tracing::info!(slot, "replication slot created");
+                Ok(())
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    fn complain(&self, error: &Error, failures: u32) {
+        tracing::warn!(%error, failures, "connection to PostgreSQL");
+        if failures > 1 {
+            self.path.context.alarms.raise("postgres-down", "", error);
+        }
+        let message = error.message().to_string();
+        self.path.board.update(|state| state.server.last_error = Some(message));
+    }
+
+    /// The agent stops: what is left is cut and synced. The line goes on at the next start.
+    async fn finish(self) -> Result<()> {
+        match self.pipeline {
+            Some(pipeline) => super::blocking(move || pipeline.finish()).await,
+            None => Ok(()),
+        }
+    }
+}
+
+fn is_gone(error: &Error) -> bool {
+    error.sqlstate() == Some(UNDEFINED_FILE)
+}
+
+async fn history_of(connection: &mut Connection, timeline: TimelineId) -> Result<Option<Vec<u8>>> {
+    match timeline {
+        TimelineId::FIRST => Ok(None),
+        _ => connection.timeline_history(timeline).await.map(Some),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SECOND: &[u8] = b"1\t0/3000148\tno recovery target specified\n";
+    const THIRD: &[u8] = b"1\t0/3000148\tno recovery target specified\n2\t0/5000000\tagain\n";
+
+    fn timeline(number: u32) -> TimelineId {
+        TimelineId::new(number).unwrap()
+    }
+
+    fn line(number: u32, history: Option<&[u8]>) -> Beginnings {
+        let history = history.map(<[u8]>::to_vec);
+        Beginnings { timeline: timeline(number), history, first_record: None }
+    }
+
+    #[test]
+    fn the_same_timeline_goes_on_if_its_history_is_the_same() {
+        let at = Lsn::new(0x400_0000);
+        let first = line(1, None);
+        assert_eq!(decide(&first, at, timeline(1), None).unwrap(), Decision::Continue);
+        let second = line(2, Some(SECOND));
+        assert_eq!(decide(&second, at, timeline(2), Some(SECOND)).unwrap(), Decision::Continue);
+        let other = b"1\t0/3000200\tno recovery target specified\n";
+        assert_eq!(decide(&second, at, timeline(2), Some(other)).unwrap(), Decision::Anew);
+        assert_eq!(decide(&second, at, timeline(1), None).unwrap(), Decision::Anew);
+    }
+
+    #[test]
+    fn the_rest_of_the_old_timeline_comes_before_the_next() {
+        let first = line(1, None);
+        let before = Lsn::new(0x300_0100);
+        assert_eq!(decide(&first, before, timeline(3), Some(THIRD)).unwrap(), Decision::Continue);
+        let at = Lsn::new(0x300_0148);
+        let switch = Decision::Switch { next: timeline(2), at };
+        assert_eq!(decide(&first, at, timeline(3), Some(THIRD)).unwrap(), switch);
+        let beyond = Lsn::new(0x900_0000);
+        assert_eq!(decide(&first, beyond, timeline(3), Some(THIRD)).unwrap(), switch);
+        let switch = Decision::Switch { next: timeline(3), at: Lsn::new(0x500_0000) };
+        let second = line(2, Some(SECOND));
+        assert_eq!(decide(&second, beyond, timeline(3), Some(THIRD)).unwrap(), switch);
+    }
+
+    #[test]
+    fn a_line_that_is_no_ancestor_is_left_as_it_is() {
+        let other = line(2, Some(b"1\t0/2000000\tsomewhere else\n"));
+        let at = Lsn::new(0x900_0000);
+        assert_eq!(decide(&other, at, timeline(3), Some(THIRD)).unwrap(), Decision::Anew);
+        let skipped = b"1\t0/3000148\tx\n3\t0/5000000\ty\n";
+        let second = line(2, Some(SECOND));
+        assert_eq!(decide(&second, at, timeline(4), Some(skipped)).unwrap(), Decision::Anew);
+    }
+}

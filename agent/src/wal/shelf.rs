@@ -1,0 +1,344 @@
+//! The shelf: which sealed objects there are, and which location has them. Pure: what happened goes in, what to do
+//! comes out.
+//!
+//! Every location has a queue of its own here, which holds names only; the bytes are in the folder `sealed`. So a
+//! location that lags costs no memory, and the others nothing. An object is for every location; a piece whose range
+//! another, longer object covers need not be sent any more, and may be deleted where that one is stored.
+
+use super::frontier::Coverage;
+use backstay_common::id::{Branch, EpochId, ObjectId, SystemId};
+use backstay_common::lsn::{Lsn, LsnRange};
+use backstay_common::name::ObjectName;
+use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
+use std::time::Instant;
+
+/// One sealed object of WAL, as it lies in the folder `sealed`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Item {
+    /// The number of its line: greater is later.
+    pub line: u32,
+    pub system: SystemId,
+    pub branch: Branch,
+    pub range: LsnRange,
+    pub id: ObjectId,
+    /// Sealed bytes.
+    pub size: u64,
+    /// The epoch that it is sealed under.
+    pub epoch: EpochId,
+    /// When it was put on the shelf.
+    pub since: Instant,
+}
+
+impl Item {
+    pub fn name(&self) -> ObjectName {
+        let Item { system, branch, range, id, .. } = *self;
+        ObjectName::Wal { system, branch, range, id }
+    }
+
+    /// True if the span ends with it: it is no piece.
+    pub fn closes_span(&self) -> bool {
+        self.range.end == self.range.end.span_start()
+    }
+
+    /// True if it makes `other` superfluous.
+    fn supersedes(&self, other: &Item) -> bool {
+        self.line == other.line
+            && self.range.covers(&other.range)
+            && self.range.len() > other.range.len()
+    }
+
+    fn key(&self) -> Key {
+        (self.line, self.range.start, self.range.end, self.id)
+    }
+}
+
+/// The order in which objects are sent.
+type Key = (u32, Lsn, Lsn, ObjectId);
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Place {
+    Waiting,
+    Sending,
+    Stored,
+    /// A longer object does instead.
+    Superseded,
+}
+
+#[derive(Debug)]
+struct Entry {
+    item: Arc<Item>,
+    /// By location.
+    places: Vec<Place>,
+}
+
+impl Entry {
+    fn is_done(&self) -> bool {
+        self.places.iter().all(|p| matches!(p, Place::Stored | Place::Superseded))
+    }
+}
+
+/// Everything that is sealed and not yet forgotten.
+#[derive(Debug)]
+pub struct Shelf {
+    locations: usize,
+    entries: BTreeMap<Key, Entry>,
+    /// What each location holds of each line, once it has been listed.
+    coverage: HashMap<(usize, u32), Coverage>,
+}
+
+impl Shelf {
+    pub fn new(locations: usize) -> Shelf {
+        Shelf { locations, entries: BTreeMap::new(), coverage: HashMap::new() }
+    }
+
+    /// A sealed object for every location. Pieces that it covers are not sent any more.
+    pub fn add(&mut self, item: Item) {
+        let item = Arc::new(item);
+        for entry in self.line_mut(item.line) {
+            if item.supersedes(&entry.item) {
+                let waiting = entry.places.iter_mut().filter(|p| **p == Place::Waiting);
+                waiting.for_each(|place| *place = Place::Superseded);
+            }
+        }
+        let places = vec![Place::Waiting; self.locations];
+        self.entries.insert(item.key(), Entry { item, places });
+    }
+
+    fn line_mut(&mut self, line: u32) -> impl Iterator<Item = &mut Entry> {
+        let all = (line, Lsn::INVALID, Lsn::INVALID, ObjectId::from_bytes([0; 8]))..;
+        self.entries.range_mut(all).map(|(_, entry)| entry).take_while(move |e| e.item.line == line)
+    }
+
+    /// What `location` holds of `line`, by its listing: complete ranges from `begin` on.
+    pub fn listed(
+        &mut self,
+        location: usize,
+        line: u32,
+        begin: Lsn,
+        found: &[(LsnRange, ObjectId)],
+    ) {
+        let mut coverage = Coverage::new(begin);
+        for &(range, _) in found {
+            coverage.add(range);
+        }
+        for entry in self.line_mut(line) {
+            let (range, id) = (entry.item.range, entry.item.id);
+            let place = &mut entry.places[location];
+            if found.contains(&(range, id)) {
+                *place = Place::Stored;
+            } else if found.iter().any(|(r, _)| r.covers(&range) && r.len() > range.len())
+                && *place == Place::Waiting
+            {
+                *place = Place::Superseded;
+            }
+            if *place == Place::Stored {
+                coverage.add(range);
+            }
+        }
+        self.coverage.insert((location, line), coverage);
+    }
+
+    pub fn is_listed(&self, location: usize, line: u32) -> bool {
+        self.coverage.contains_key(&(location, line))
+    }
+
+    /// The next object for `location`, whose line has been listed. It counts as being sent until [`Shelf::sent`] or
+    /// [`Shelf::failed`].
+    pub fn next(&mut self, location: usize) -> Option<Arc<Item>> {
+        let coverage = &self.coverage;
+        let entry = self.entries.values_mut().find(|e| {
+            e.places[location] == Place::Waiting && coverage.contains_key(&(location, e.item.line))
+        })?;
+        entry.places[location] = Place::Sending;
+        Some(entry.item.clone())
+    }
+
+    /// `location` has `item`. Returns the pieces that it may forget for that.
+    pub fn sent(&mut self, location: usize, item: &Item) -> Vec<ObjectName> {
+        if let Some(coverage) = self.coverage.get_mut(&(location, item.line)) {
+            coverage.add(item.range);
+        }
+        let mut superfluous = Vec::new();
+        for entry in self.line_mut(item.line) {
+            let place = &mut entry.places[location];
+            if entry.item.id == item.id && entry.item.range == item.range {
+                *place = Place::Stored;
+            } else if item.supersedes(&entry.item) {
+                match place {
+                    Place::Stored => superfluous.push(entry.item.name()),
+                    Place::Waiting => *place = Place::Superseded,
+                    Place::Sending | Place::Superseded => continue,
+                }
+            }
+        }
+        superfluous
+    }
+
+    /// `item` is to be sent again, unless a longer object is on the shelf by now.
+    pub fn failed(&mut self, location: usize, item: &Item) {
+        let superseded = self.line_mut(item.line).any(|e| e.item.supersedes(item));
+        if let Some(entry) = self.entries.get_mut(&item.key()) {
+            entry.places[location] = if superseded { Place::Superseded } else { Place::Waiting };
+        }
+    }
+
+    /// How far `location` has all of `line` without a hole, and all of the lines before it; 0/0 where that is not
+    /// known or not so.
+    pub fn frontier(&self, location: usize, line: u32) -> Lsn {
+        let done = |p: Place| matches!(p, Place::Stored | Place::Superseded);
+        let mut before = self.entries.values().take_while(|e| e.item.line < line);
+        if !before.all(|e| done(e.places[location])) {
+            return Lsn::INVALID;
+        }
+        self.coverage.get(&(location, line)).map_or(Lsn::INVALID, Coverage::end)
+    }
+
+    /// Takes off the shelf what every location has: objects of `line` that end at or before `until`, and pieces that a
+    /// longer object on the shelf covers.
+    pub fn retire(&mut self, line: u32, until: Lsn) -> Vec<Arc<Item>> {
+        let items: Vec<Arc<Item>> = self.line_mut(line).map(|e| e.item.clone()).collect();
+        let over = |e: &Entry| {
+            e.item.range.end <= until
+                || (!e.item.closes_span() && items.iter().any(|i| i.supersedes(&e.item)))
+        };
+        let gone: Vec<Key> =
+            self.line_mut(line).filter(|e| e.is_done() && over(e)).map(|e| e.item.key()).collect();
+        gone.iter().filter_map(|key| self.entries.remove(key)).map(|e| e.item).collect()
+    }
+
+    /// True if every location has all that is on the shelf of `line`.
+    pub fn is_done(&self, line: u32) -> bool {
+        self.entries.values().filter(|e| e.item.line == line).all(Entry::is_done)
+    }
+
+    /// What has been sealed of `line`.
+    pub fn ranges(&self, line: u32) -> Vec<LsnRange> {
+        self.entries.values().filter(|e| e.item.line == line).map(|e| e.item.range).collect()
+    }
+
+    /// Objects that wait for `location` or are on their way, and since when the oldest of them does.
+    pub fn backlog(&self, location: usize) -> (usize, Option<Instant>) {
+        let open = self
+            .entries
+            .values()
+            .filter(|e| matches!(e.places[location], Place::Waiting | Place::Sending));
+        open.fold((0, None), |(count, oldest), e| {
+            let since = e.item.since;
+            (count + 1, Some(oldest.map_or(since, |o: Instant| o.min(since))))
+        })
+    }
+
+    /// Sealed bytes on the shelf.
+    pub fn bytes(&self) -> u64 {
+        self.entries.values().map(|e| e.item.size).sum()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MIB: u64 = 1 << 20;
+
+    fn item(line: u32, start: u64, end: u64) -> Item {
+        Item {
+            line,
+            system: SystemId::new(7),
+            branch: "00000001-01020304".parse().unwrap(),
+            range: LsnRange::new(Lsn::new(start * MIB), Lsn::new(end * MIB)),
+            id: ObjectId::random(),
+            size: 10,
+            epoch: EpochId::random(),
+            since: Instant::now(),
+        }
+    }
+
+    fn listed(locations: usize) -> Shelf {
+        let mut shelf = Shelf::new(locations);
+        (0..locations).for_each(|l| shelf.listed(l, 0, Lsn::new(16 * MIB), &[]));
+        shelf
+    }
+
+    #[test]
+    fn a_frontier_advances_in_order_whatever_the_order_of_the_answers() {
+        let mut shelf = listed(2);
+        shelf.add(item(0, 16, 32));
+        shelf.add(item(0, 32, 48));
+        let (first, second) = (shelf.next(0).unwrap(), shelf.next(0).unwrap());
+        assert!(shelf.next(0).is_none());
+        shelf.sent(0, &second);
+        assert_eq!(shelf.frontier(0, 0), Lsn::new(16 * MIB));
+        shelf.sent(0, &first);
+        assert_eq!(shelf.frontier(0, 0), Lsn::new(48 * MIB));
+        assert_eq!(shelf.frontier(1, 0), Lsn::new(16 * MIB), "the other location");
+        assert_eq!(shelf.backlog(1).0, 2);
+    }
+
+    #[test]
+    fn nothing_is_sent_to_a_location_that_was_not_listed() {
+        let mut shelf = Shelf::new(1);
+        shelf.add(item(0, 16, 32));
+        assert!(shelf.next(0).is_none());
+        assert_eq!(shelf.frontier(0, 0), Lsn::INVALID);
+        shelf.listed(0, 0, Lsn::new(16 * MIB), &[]);
+        assert!(shelf.next(0).is_some());
+    }
+
+    #[test]
+    fn after_a_restart_only_what_is_missing_is_sent() {
+        let mut shelf = Shelf::new(1);
+        let (there, piece, missing) = (item(0, 16, 32), item(0, 32, 34), item(0, 48, 64));
+        let span = (LsnRange::new(Lsn::new(32 * MIB), Lsn::new(48 * MIB)), ObjectId::random());
+        [&there, &piece, &missing].into_iter().for_each(|i| shelf.add(i.clone()));
+        shelf.listed(0, 0, Lsn::new(16 * MIB), &[(there.range, there.id), span]);
+        assert_eq!(shelf.next(0).map(|i| i.id), Some(missing.id));
+        assert!(shelf.next(0).is_none());
+        assert_eq!(shelf.frontier(0, 0), Lsn::new(48 * MIB));
+    }
+
+    #[test]
+    fn a_span_replaces_its_pieces() {
+        let mut shelf = listed(2);
+        let (early, late, span) = (item(0, 16, 18), item(0, 18, 20), item(0, 16, 32));
+        shelf.add(early.clone());
+        shelf.add(late.clone());
+        let sending = shelf.next(0).unwrap();
+        assert_eq!(sending.id, early.id);
+        assert!(shelf.sent(0, &sending).is_empty());
+        shelf.add(span.clone());
+        assert_eq!(shelf.next(0).unwrap().id, span.id, "the second piece is not sent any more");
+        assert_eq!(shelf.next(1).unwrap().id, span.id);
+        assert_eq!(shelf.sent(0, &span), vec![early.name()]);
+        assert!(shelf.sent(1, &span).is_empty());
+        let gone: Vec<_> = shelf.retire(0, Lsn::INVALID).iter().map(|i| i.id).collect();
+        assert_eq!(gone, vec![early.id, late.id], "the span waits for the spool");
+        assert_eq!(shelf.retire(0, span.range.end).len(), 1);
+    }
+
+    #[test]
+    fn what_failed_is_sent_again_unless_it_is_superfluous() {
+        let mut shelf = listed(1);
+        shelf.add(item(0, 16, 18));
+        let piece = shelf.next(0).unwrap();
+        shelf.failed(0, &piece);
+        assert_eq!(shelf.next(0).unwrap().id, piece.id);
+        shelf.add(item(0, 16, 32));
+        shelf.failed(0, &piece);
+        assert_ne!(shelf.next(0).unwrap().id, piece.id);
+    }
+
+    #[test]
+    fn a_later_line_counts_only_when_the_earlier_is_there() {
+        let mut shelf = listed(1);
+        shelf.add(item(0, 16, 18));
+        shelf.add(item(1, 16, 32));
+        shelf.listed(0, 1, Lsn::new(16 * MIB), &[]);
+        let (old, new) = (shelf.next(0).unwrap(), shelf.next(0).unwrap());
+        shelf.sent(0, &new);
+        assert_eq!(shelf.frontier(0, 1), Lsn::INVALID);
+        shelf.sent(0, &old);
+        assert_eq!(shelf.frontier(0, 1), Lsn::new(32 * MIB));
+        assert!(shelf.is_done(0) && shelf.is_done(1));
+    }
+}

@@ -1,0 +1,307 @@
+//! Ships what is on the shelf to one location. Each location has such a task, and none waits for another.
+//!
+//! First the location is listed, then it gets what it lacks: up to [`PUTS_MAX`] objects at a time, each tried until it
+//! is there. Wraps go before an object, and a branch's origin before its WAL. A crash leaves objects that are
+//! whole or not there; the next listing tells which.
+
+use super::WalPath;
+use super::fill;
+use super::line::Line;
+use super::shelf::Item;
+use backstay_common::head::Head;
+use backstay_common::id::{Branch, ObjectId};
+use backstay_common::lsn::{Lsn, LsnRange};
+use backstay_common::name::{ObjectName, folder};
+use backstay_common::{Error, Kind, Result};
+use futures::StreamExt;
+use futures::future::BoxFuture;
+use futures::stream::FuturesUnordered;
+use std::collections::HashSet;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use tokio_util::sync::CancellationToken;
+
+const PUTS_MAX: usize = 4;
+/// No further object is read into memory while so many bytes are on their way.
+const SENDING_BYTES_MAX: u64 = 24 << 20;
+const BACKOFF: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(15));
+/// An idle server's head is stored so often.
+const HEAD_EVERY: Duration = Duration::from_secs(300);
+const TICK: Duration = Duration::from_secs(1);
+/// How long after a deletion that failed the next one is tried.
+const DELETE_AGAIN_AFTER: Duration = Duration::from_secs(15);
+/// More superseded pieces than this are left to the next start, or to prune.
+const SUPERFLUOUS_MAX: usize = 10_000;
+
+type Sending = FuturesUnordered<BoxFuture<'static, (Arc<Item>, Result<()>)>>;
+
+struct Shipper {
+    path: Arc<WalPath>,
+    /// The location's number.
+    location: usize,
+    sending_bytes: u64,
+    origins: HashSet<Branch>,
+    /// The location has shown that it is what it should be, since the last failure.
+    is_known: bool,
+    failures: u32,
+    retry_at: Option<Instant>,
+    /// When something was last stored: WAL or a head.
+    last_stored: Instant,
+    head_seq: u64,
+    superfluous: Vec<ObjectName>,
+    /// Nothing is deleted before.
+    delete_at: Instant,
+}
+
+/// Runs until `halt`. Safe to drop.
+pub async fn run(path: Arc<WalPath>, location: usize, halt: CancellationToken) -> Result<()> {
+    let shipper = Shipper {
+        path,
+        location,
+        sending_bytes: 0,
+        origins: HashSet::new(),
+        is_known: false,
+        failures: 0,
+        retry_at: None,
+        last_stored: Instant::now(),
+        head_seq: 0,
+        superfluous: Vec::new(),
+        delete_at: Instant::now(),
+    };
+    tokio::select! {
+        () = halt.cancelled() => Ok(()),
+        result = shipper.ship() => result,
+    }
+}
+
+impl Shipper {
+    async fn ship(mut self) -> Result<()> {
+        let mut bell = self.path.board.listen();
+        let mut tick = tokio::time::interval(TICK);
+        let mut sending = Sending::new();
+        loop {
+            if self.retry_at.is_none_or(|at| at <= Instant::now()) {
+                if let Err(error) = self.prepare().await {
+                    self.failed(error);
+                } else {
+                    self.start(&mut sending);
+                }
+            }
+            tokio::select! {
+                Some((item, result)) = sending.next() => self.settle(&item, result),
+                _ = bell.changed() => {}
+                _ = tick.tick() => self.idle(sending.is_empty()).await,
+            }
+        }
+    }
+
+    /// Lists what has not been listed yet, and stores the origins.
+    async fn prepare(&mut self) -> Result<()> {
+        if !self.is_known {
+            self.path.context.writers[self.location].location().require_cluster().await?;
+            self.is_known = true;
+        }
+        let location = self.location;
+        let lines: Vec<Arc<Line>> = self.path.board.read(|state| {
+            let unlisted = |line: &&Arc<Line>| !state.shelf.is_listed(location, line.number);
+            state.lines.values().filter(unlisted).cloned().collect()
+        });
+        for line in lines {
+            if let Some(branch) = line.branch() {
+                self.list(&line, branch).await?;
+            }
+        }
+        Ok(())
+    }
+
+    async fn list(&mut self, line: &Line, branch: Branch) -> Result<()> {
+        self.ensure_origin(branch).await?;
+        let location = self.path.context.writers[self.location].location();
+        let system = self.path.context.system;
+        let begin = line.spool.begin();
+        let after = folder::branch_from(system, branch, begin.span_start());
+        let listed = location.list_from(&folder::branch(system, branch), &after).await?;
+        let found: Vec<(LsnRange, ObjectId)> = listed
+            .into_iter()
+            .filter_map(|object| match object.name {
+                Some(ObjectName::Wal { range, id, .. }) => Some((range, id)),
+                _ => None,
+            })
+            .collect();
+        self.superfluous.extend(superseded(&found).map(|(range, id)| ObjectName::Wal {
+            system,
+            branch,
+            range,
+            id,
+        }));
+        self.path.board.update(|s| s.shelf.listed(self.location, line.number, begin, &found));
+        self.succeeded();
+        fill::spawn(&self.path, self.location, branch, begin);
+        Ok(())
+    }
+
+    /// Stores a branch's origin, with the wraps of its epoch before it.
+    async fn ensure_origin(&mut self, branch: Branch) -> Result<()> {
+        if self.origins.contains(&branch) {
+            return Ok(());
+        }
+        let sealed = self.path.sealed.clone();
+        let bytes = super::blocking(move || sealed.origin(branch)).await?;
+        let name = ObjectName::Origin { system: self.path.context.system, branch };
+        fill::store(&self.path, self.location, &name, bytes).await?;
+        self.origins.insert(branch);
+        Ok(())
+    }
+
+    fn start(&mut self, sending: &mut Sending) {
+        while sending.len() < PUTS_MAX && self.sending_bytes < SENDING_BYTES_MAX {
+            let location = self.location;
+            let Some(item) = self.path.board.update_quietly(|state| state.shelf.next(location))
+            else {
+                return;
+            };
+            self.sending_bytes += item.size;
+            sending.push(Box::pin(send(self.path.clone(), location, item)));
+        }
+    }
+
+    fn settle(&mut self, item: &Item, result: Result<()>) {
+        self.sending_bytes -= item.size;
+        let location = self.location;
+        match result {
+            Ok(()) => {
+                let gone = self.path.board.update(|state| state.shelf.sent(location, item));
+                self.superfluous.extend(gone);
+                self.last_stored = Instant::now();
+                self.succeeded();
+            }
+            Err(error) => {
+                self.path.board.update(|state| state.shelf.failed(location, item));
+                self.failed(error);
+            }
+        }
+    }
+
+    fn subject(&self) -> String {
+        self.path.context.writers[self.location].location().name().to_string()
+    }
+
+    fn succeeded(&mut self) {
+        if self.failures > 0 {
+            self.path.context.alarms.clear("location-down", &self.subject());
+            let location = self.location;
+            self.path.board.update(|state| state.health[location] = Default::default());
+        }
+        self.failures = 0;
+        self.retry_at = None;
+    }
+
+    fn failed(&mut self, error: Error) {
+        self.failures += 1;
+        self.is_known = false;
+        self.retry_at = Some(Instant::now() + super::backoff(self.failures, BACKOFF));
+        if self.failures > 1 {
+            self.path.context.alarms.raise("location-down", &self.subject(), &error);
+        }
+        let (location, failures) = (self.location, self.failures);
+        tracing::debug!(%error, failures, "shipping failed");
+        self.path.board.update_quietly(|state| {
+            state.health[location].failures = failures;
+            state.health[location].last_error = Some(error.message().to_string());
+        });
+    }
+
+    /// What can wait: heads of an idle server, and the deletion of pieces whose span is there.
+    async fn idle(&mut self, nothing_is_sent: bool) {
+        if !nothing_is_sent || self.failures > 0 {
+            return;
+        }
+        if let Err(error) = self.store_head().await {
+            self.failed(error);
+        }
+        self.delete_superfluous().await;
+    }
+
+    /// The next start lists what is left again; an identity that may not delete leaves it to prune.
+    async fn delete_superfluous(&mut self) {
+        if self.delete_at > Instant::now() {
+            return;
+        }
+        let location = self.path.context.writers[self.location].location();
+        match location.delete(&self.superfluous).await {
+            Ok(()) => self.superfluous.clear(),
+            Err(error) => {
+                tracing::debug!(%error, "superseded pieces are left for now");
+                self.superfluous.truncate(SUPERFLUOUS_MAX);
+                self.delete_at = Instant::now() + DELETE_AGAIN_AFTER;
+            }
+        }
+    }
+
+    async fn store_head(&mut self) -> Result<()> {
+        if self.last_stored.elapsed() < HEAD_EVERY {
+            return Ok(());
+        }
+        let known = self.path.board.read(|state| {
+            let branch = state.lines.get(&state.current)?.branch()?;
+            let (end, clock) = state.server.quiet?;
+            let covered = state.frontier.stored(self.location);
+            (state.server.connected && end <= covered).then_some(Head { branch, covered, clock })
+        });
+        let Some(head) = known else { return Ok(()) };
+        let context = &self.path.context;
+        self.head_seq = (self.head_seq + 1).max(jiff::Timestamp::now().as_second() as u64);
+        let epoch = context.epochs.current().await?;
+        let agent = context.settings.agent.clone();
+        let sealed = head.seal(&epoch, context.system, agent, self.head_seq);
+        context.writers[self.location].put(&sealed.name, epoch.id(), sealed.bytes).await?;
+        self.last_stored = Instant::now();
+        Ok(())
+    }
+}
+
+async fn send(path: Arc<WalPath>, location: usize, item: Arc<Item>) -> (Arc<Item>, Result<()>) {
+    let result = async {
+        let (sealed, what) = (path.sealed.clone(), item.clone());
+        let bytes = super::blocking(move || sealed.read(&what)).await?;
+        if bytes.len() as u64 != item.size {
+            let reason = format!("{} in the spool has another size than it had", item.name());
+            return Err(Error::new(Kind::Corrupt, reason).remedy("look at the spool's disk"));
+        }
+        let writer = &path.context.writers[location];
+        writer.put(&item.name(), item.epoch, bytes).await.map(drop)
+    };
+    let result = result.await;
+    (item, result)
+}
+
+/// Objects whose range a longer one covers.
+fn superseded(found: &[(LsnRange, ObjectId)]) -> impl Iterator<Item = (LsnRange, ObjectId)> {
+    let mut sorted = found.to_vec();
+    sorted.sort_by_key(|(range, _)| (range.start, std::cmp::Reverse(range.end)));
+    let mut longest = LsnRange::new(Lsn::INVALID, Lsn::INVALID);
+    sorted.into_iter().filter(move |(range, _)| {
+        if range.end > longest.end {
+            longest = *range;
+        }
+        longest.covers(range) && longest.len() > range.len()
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_longer_object_covers_is_superfluous() {
+        let object = |start, end| {
+            (LsnRange::new(Lsn::new(start), Lsn::new(end)), ObjectId::from_bytes([0; 8]))
+        };
+        let found =
+            [object(16, 18), object(18, 20), object(16, 32), object(32, 34), object(33, 36)];
+        let gone: Vec<_> = superseded(&found).collect();
+        assert_eq!(gone, vec![found[0], found[1]]);
+        let equal = [object(16, 32), object(16, 32)];
+        assert_eq!(superseded(&equal).count(), 0, "of equal ranges none goes");
+    }
+}

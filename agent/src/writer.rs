@@ -1,0 +1,99 @@
+//! Writes sealed objects to one location, in the order that the format demands: first the wraps of the epoch,
+//! read back, then the object.
+//!
+//! A location that does not show the `cluster` object of this cluster is unavailable: nothing is written there. That is
+//! looked at before the first write, after every failure, and before each write to a local folder, whose disk may
+//! have been unmounted.
+
+use crate::epochs::Epochs;
+use backstay_common::cluster::ClusterRecord;
+use backstay_common::id::{ClusterName, EpochId, SystemId};
+use backstay_common::location::{Location, Put};
+use backstay_common::name::ObjectName;
+use backstay_common::{Context, Error, Kind, Result};
+use bytes::Bytes;
+use std::collections::HashSet;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use tokio::sync::Mutex;
+
+/// One location, as the agent writes to it. Cheap to share; safe to use from many tasks at once.
+#[derive(Debug)]
+pub struct Writer {
+    location: Location,
+    epochs: Arc<Epochs>,
+    expected: (ClusterName, SystemId),
+    is_known: AtomicBool,
+    /// Epochs whose wraps this process has seen at the location.
+    ensured: Mutex<HashSet<EpochId>>,
+}
+
+impl Writer {
+    /// `expected` is the cluster and system that the location must have been made for.
+    pub fn new(
+        location: Location,
+        epochs: Arc<Epochs>,
+        expected: (ClusterName, SystemId),
+    ) -> Writer {
+        let is_known = AtomicBool::new(false);
+        Writer { location, epochs, expected, is_known, ensured: Mutex::default() }
+    }
+
+    pub fn location(&self) -> &Location {
+        &self.location
+    }
+
+    /// Stores an object sealed under `epoch`. Tried once: whoever calls decides about trying again.
+    pub async fn put(&self, name: &ObjectName, epoch: EpochId, bytes: Bytes) -> Result<Put> {
+        let result = self.put_once(name, epoch, bytes).await;
+        if result.is_err() {
+            self.is_known.store(false, Ordering::Relaxed);
+        }
+        result
+    }
+
+    async fn put_once(&self, name: &ObjectName, epoch: EpochId, bytes: Bytes) -> Result<Put> {
+        let is_folder = self.location.url().starts_with("file:");
+        if is_folder || !self.is_known.load(Ordering::Relaxed) {
+            self.know().await?;
+        }
+        self.ensure(epoch).await?;
+        self.location.put(name, bytes).await
+    }
+
+    async fn know(&self) -> Result<()> {
+        let record = ClusterRecord::read(&self.location.require_cluster().await?)?;
+        if (&record.cluster, record.system) != (&self.expected.0, self.expected.1) {
+            let reason = format!(
+                "location {} holds cluster {:?}, system {}",
+                self.location.name(),
+                record.cluster.as_str(),
+                record.system
+            );
+            return Err(Error::new(Kind::Config, reason).remedy("correct the location's url"));
+        }
+        self.is_known.store(true, Ordering::Relaxed);
+        Ok(())
+    }
+
+    async fn ensure(&self, epoch: EpochId) -> Result<()> {
+        let mut ensured = self.ensured.lock().await;
+        if ensured.contains(&epoch) {
+            return Ok(());
+        }
+        for wrap in self.epochs.wraps(epoch)? {
+            self.location
+                .put(&wrap.name, wrap.bytes.clone())
+                .await
+                .context("store an epoch's wrap")?;
+            let stored = self.location.get(&wrap.name).await.context("read a wrap back")?;
+            if stored != wrap.bytes {
+                let place = self.location.name();
+                let reason = format!("location {place} gave back other bytes for {}", wrap.name);
+                return Err(Error::new(Kind::Corrupt, reason));
+            }
+        }
+        ensured.insert(epoch);
+        Ok(())
+    }
+}
