@@ -1,0 +1,65 @@
+use super::*;
+use backstay_common::name::ObjectName;
+
+fn cluster(name: &str, system: u64) -> ClusterRecord {
+    ClusterRecord::new(name.parse().unwrap(), SystemId::new(system), jiff::Timestamp::UNIX_EPOCH)
+}
+
+struct Place {
+    folder: tempfile::TempDir,
+    key: PathBuf,
+}
+
+impl Place {
+    fn new() -> Place {
+        let folder = tempfile::tempdir().unwrap();
+        let key = folder.path().join("orders.key");
+        FileProvider::generate().write(&key).unwrap();
+        Place { folder, key }
+    }
+
+    async fn location(&self, name: &str, record: Option<ClusterRecord>) -> String {
+        let root = self.folder.path().join(name);
+        std::fs::create_dir(&root).unwrap();
+        let url = format!("file://{}", root.display());
+        let location = LocationSettings::new(name.parse().unwrap(), url.as_str());
+        if let Some(record) = record {
+            let object = record.object();
+            assert_eq!(object.name, ObjectName::Cluster);
+            Location::open(&location).unwrap().put(&object.name, object.bytes).await.unwrap();
+        }
+        url
+    }
+
+    async fn access(&self, urls: &[String]) -> Result<Access> {
+        Access::from_urls(urls, &self.key, &UrlOptions::default()).await
+    }
+}
+
+#[tokio::test]
+async fn a_location_without_the_cluster_object_is_set_aside() {
+    let place = Place::new();
+    let good = place.location("good", Some(cluster("orders", 7))).await;
+    let empty = place.location("empty", None).await;
+    let access = place.access(&[empty.clone(), good]).await.unwrap();
+    assert_eq!((access.cluster.as_str(), access.system), ("orders", SystemId::new(7)));
+    assert_eq!(access.location_names()[0].as_str(), "location-2");
+    assert_eq!(access.unreachable[0].0.as_str(), "location-1");
+    let unmounted = format!("file://{}", place.folder.path().join("unmounted").display());
+    let error = place.access(&[empty, unmounted]).await.unwrap_err();
+    assert_eq!(error.kind(), Kind::Storage);
+    assert!(
+        error.message().contains("location-1") && error.message().contains("location-2"),
+        "{error}"
+    );
+}
+
+#[tokio::test]
+async fn two_clusters_are_refused_by_name() {
+    let place = Place::new();
+    let orders = place.location("orders", Some(cluster("orders", 7))).await;
+    let billing = place.location("billing", Some(cluster("billing", 8))).await;
+    let error = place.access(&[orders, billing]).await.unwrap_err();
+    assert_eq!(error.kind(), Kind::Config);
+    assert!(error.message().contains("orders") && error.message().contains("billing"), "{error}");
+}

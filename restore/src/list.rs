@@ -1,0 +1,313 @@
+//! What can be restored: the snapshots, and the stretches of time and WAL that each branch can be recovered to.
+//!
+//! Read from listings, manifests and the footers at the ends of each stretch; nothing is decoded.
+
+use crate::access::Access;
+use crate::plan::bytes;
+use crate::resolve::line::line_of;
+use crate::resolve::reach::{Gap, Reach};
+use crate::resolve::survey::Survey;
+use backstay_common::Result;
+use backstay_common::catalog::Catalog;
+use backstay_common::id::{Branch, ClusterName, LocationName, SnapshotId, SystemId};
+use backstay_common::lsn::{Lsn, LsnRange};
+use backstay_common::pgtime::PgTime;
+use backstay_common::snapshot::ManifestPlain;
+use jiff::Timestamp;
+use serde::Serialize;
+use std::fmt;
+use std::sync::Arc;
+
+/// All that `list --json` prints.
+#[derive(Clone, Debug, Serialize)]
+pub struct Listing {
+    pub cluster: ClusterName,
+    pub system: SystemId,
+    /// Oldest first.
+    pub snapshots: Vec<ListedSnapshot>,
+    pub branches: Vec<ListedBranch>,
+    pub unreachable: Vec<(LocationName, String)>,
+    pub notes: Vec<String>,
+}
+
+/// One snapshot.
+#[derive(Clone, Debug, Serialize)]
+pub struct ListedSnapshot {
+    pub id: SnapshotId,
+    /// `None` for one that was begun and is complete nowhere.
+    pub complete: Option<CompleteSnapshot>,
+    /// Where it is complete.
+    pub locations: Vec<LocationName>,
+    /// Where it has been begun and is not complete.
+    pub incomplete_at: Vec<LocationName>,
+}
+
+/// What a manifest says.
+#[derive(Clone, Debug, Serialize)]
+pub struct CompleteSnapshot {
+    pub branch: Branch,
+    pub start: Lsn,
+    pub stop: Lsn,
+    pub finished: Timestamp,
+    pub server_version: u32,
+    pub database_bytes: u64,
+    pub stored_bytes: u64,
+    pub corrupt_pages: u64,
+    /// True if all WAL up to its end is there, so that it can be restored.
+    pub is_usable: bool,
+}
+
+/// One branch.
+#[derive(Clone, Debug, Serialize)]
+pub struct ListedBranch {
+    pub branch: Branch,
+    /// Stretches without a hole to which this branch can be recovered, oldest first.
+    pub recoverable: Vec<Recoverable>,
+    /// Holes in the stored WAL.
+    pub gaps: Vec<(Lsn, Lsn)>,
+}
+
+/// Every position from `from` to `to` can be reached.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Recoverable {
+    /// The earliest snapshot that begins it,
+    pub snapshot: SnapshotId,
+    /// and its end.
+    pub from: Lsn,
+    pub from_time: Timestamp,
+    pub to: Lsn,
+    /// The newest transaction in it.
+    pub newest_transaction: Option<Timestamp>,
+    /// The latest time that the server's clock proves to be covered.
+    pub covered_until: Option<Timestamp>,
+}
+
+/// Lists the locations and says what can be restored. Changes nothing; safe to drop.
+pub async fn list(access: &Access) -> Result<Listing> {
+    let catalog = Arc::new(Catalog::load(&access.locations, access.system).await?);
+    let survey = Survey::load(access, catalog.clone()).await?;
+    let mut branches = Vec::new();
+    for &branch in survey.pasts.keys() {
+        branches.push(listed_branch(&survey, branch).await?);
+    }
+    Ok(Listing {
+        cluster: access.cluster.clone(),
+        system: access.system,
+        snapshots: snapshots(&survey, &catalog),
+        branches,
+        unreachable: [&access.unreachable[..], &catalog.unreachable[..]].concat(),
+        notes: survey.notes.clone(),
+    })
+}
+
+fn snapshots(survey: &Survey, catalog: &Catalog) -> Vec<ListedSnapshot> {
+    let listed = catalog.snapshots.iter().map(|(&id, entry)| {
+        let incomplete = entry.begin.iter().filter(|&index| !entry.manifest.contains(index));
+        ListedSnapshot {
+            id,
+            complete: survey.snapshots.get(&id).map(|plain| complete(survey, id, plain)),
+            locations: catalog.names(entry.manifest),
+            incomplete_at: incomplete.map(|index| catalog.locations[index].clone()).collect(),
+        }
+    });
+    listed.collect()
+}
+
+fn complete(survey: &Survey, id: SnapshotId, plain: &ManifestPlain) -> CompleteSnapshot {
+    let reach = survey.reach(&line_of(plain.branch, &survey.pasts), plain);
+    CompleteSnapshot {
+        branch: plain.branch,
+        start: plain.start,
+        stop: plain.stop,
+        finished: finished(id, plain),
+        server_version: plain.server_version,
+        database_bytes: plain.database_bytes,
+        stored_bytes: plain.stored_bytes,
+        corrupt_pages: plain.corrupt_pages,
+        is_usable: reach.is_some_and(|reach| reach.end >= plain.stop),
+    }
+}
+
+fn finished(id: SnapshotId, plain: &ManifestPlain) -> Timestamp {
+    Timestamp::from_second(plain.finished).unwrap_or(id.began())
+}
+
+async fn listed_branch(survey: &Survey, branch: Branch) -> Result<ListedBranch> {
+    let line = line_of(branch, &survey.pasts);
+    let on_line = survey.on_line(&line, None);
+    let mut recoverable: Vec<(Recoverable, Reach)> = Vec::new();
+    for (id, plain) in on_line.into_iter().rev() {
+        let reach = survey.reach(&line, plain).filter(|reach| reach.end >= plain.stop);
+        let Some(reach) = reach.filter(|reach| reach.tip() == branch) else { continue };
+        // What ends where an older snapshot's stretch does is a part of it.
+        if recoverable.iter().any(|(_, other)| other.end == reach.end) {
+            continue;
+        }
+        let from_time = finished(id, plain);
+        let stretch = Recoverable {
+            snapshot: id,
+            from: plain.stop,
+            from_time,
+            to: reach.end,
+            newest_transaction: None,
+            covered_until: None,
+        };
+        recoverable.push((stretch, reach));
+    }
+    let mut filled = Vec::new();
+    for (mut stretch, reach) in recoverable {
+        stretch.newest_transaction =
+            newest_transaction(survey, &reach).await?.map(PgTime::timestamp);
+        stretch.covered_until = covered_until(survey, &reach).await?.map(PgTime::timestamp);
+        filled.push(stretch);
+    }
+    let covered = &survey.pasts[&branch].covered;
+    let gaps = covered.windows(2).map(|two| (two[0].end, two[1].start)).collect();
+    Ok(ListedBranch { branch, recoverable: filled, gaps })
+}
+
+/// Looks at the last footers only, a few at a time, back to the first that tells of a transaction.
+async fn newest_transaction(survey: &Survey, reach: &Reach) -> Result<Option<PgTime>> {
+    const AT_ONCE: usize = 8;
+    for stretches in reach.stretches.rchunks(AT_ONCE) {
+        let footers = survey.footers(stretches).await?;
+        let newest = footers.iter().filter_map(|meta| meta.summary.greatest_time).max();
+        if newest.is_some() {
+            return Ok(newest.map(PgTime));
+        }
+    }
+    Ok(None)
+}
+
+async fn covered_until(survey: &Survey, reach: &Reach) -> Result<Option<PgTime>> {
+    const LAST: usize = 8;
+    let last = reach.stretches.len().saturating_sub(LAST);
+    let end = Reach { stretches: reach.stretches[last..].to_vec(), ..reach.clone() };
+    survey.clock(&end).await
+}
+
+impl fmt::Display for Listing {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "Cluster {} (system {})\n", self.cluster, self.system)?;
+        let width = "20261122T020000Z-1f2e3d4c".len();
+        writeln!(
+            f,
+            "{:width$}  {:20}  {:>9}  {:>9}  WHERE",
+            "SNAPSHOT", "FINISHED", "DATABASE", "ADDED"
+        )?;
+        for snapshot in &self.snapshots {
+            writeln!(f, "{snapshot}")?;
+        }
+        if self.snapshots.is_empty() {
+            writeln!(f, "none: nothing can be restored yet")?;
+        }
+        for branch in &self.branches {
+            write!(f, "\n{branch}")?;
+        }
+        for (name, reason) in &self.unreachable {
+            write!(f, "\nnot asked: {name}: {reason}")?;
+        }
+        for note in &self.notes {
+            write!(f, "\nnote: {note}")?;
+        }
+        Ok(())
+    }
+}
+
+impl fmt::Display for ListedSnapshot {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let names = |names: &[LocationName]| {
+            names.iter().map(|name| name.as_str()).collect::<Vec<_>>().join(", ")
+        };
+        let Some(complete) = &self.complete else {
+            let place = names(&[&self.locations[..], &self.incomplete_at[..]].concat());
+            return write!(f, "{}  incomplete, or damaged: {place}", self.id);
+        };
+        let (database, added) = (bytes(complete.database_bytes), bytes(complete.stored_bytes));
+        let finished = complete.finished.to_string();
+        write!(
+            f,
+            "{}  {finished:20}  {database:>9}  {added:>9}  {}",
+            self.id,
+            names(&self.locations)
+        )?;
+        if !self.incomplete_at.is_empty() {
+            write!(f, " (not yet: {})", names(&self.incomplete_at))?;
+        }
+        if complete.corrupt_pages > 0 {
+            write!(f, "; {} damaged pages", complete.corrupt_pages)?;
+        }
+        match complete.is_usable {
+            true => Ok(()),
+            false => f.write_str("; its WAL is not all there"),
+        }
+    }
+}
+
+impl fmt::Display for ListedBranch {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "Branch {}", self.branch)?;
+        for stretch in &self.recoverable {
+            let until = stretch.newest_transaction.max(stretch.covered_until);
+            let until = until.map_or("its end".to_string(), |time| time.to_string());
+            let range = LsnRange::new(stretch.from, stretch.to);
+            writeln!(f, "  recoverable from {} to {until}, {range}", stretch.from_time)?;
+        }
+        if self.recoverable.is_empty() {
+            writeln!(f, "  nothing on it can be recovered: no snapshot reaches it")?;
+        }
+        for &(start, end) in &self.gaps {
+            let gap = Gap { branch: self.branch, range: LsnRange::new(start, end) };
+            writeln!(f, "  gap: the WAL {} is at no location that answers", gap.range)?;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{Repo, SYSTEM, at, micros};
+    use backstay_common::snapshot::Begin;
+
+    #[tokio::test]
+    async fn stretches_end_at_gaps_and_begin_at_snapshots() {
+        let repo = Repo::new(2).await;
+        let mut writer = repo.first_branch(&[0, 1]).await;
+        let first = writer.snapshot(&repo, 0).await;
+        let first_stop = writer.position();
+        writer.wal.commit(10, micros(60));
+        writer.ship_with_clock(&repo, 90).await;
+        let gap_start = writer.position();
+        writer.wal.commit(11, micros(120));
+        writer.seal(&repo, writer.position(), None);
+        let gap_end = writer.position();
+        // The second snapshot needs its segment from the start on.
+        writer.wal.switch(false);
+        writer.places = vec![0];
+        let second = writer.snapshot(&repo, 200).await;
+        writer.ship(&repo).await;
+        let begun = SnapshotId::new(at(900), [9; 4]);
+        let agent = "db1".parse().unwrap();
+        let begin = Begin { snapshot: begun, agent, parent: None, generation: 0 };
+        repo.put(&begin.seal(&repo.epoch, SYSTEM), &[1]).await;
+
+        let listing = list(&repo.access).await.unwrap();
+        let branch = &listing.branches[0];
+        assert_eq!(branch.gaps, [(gap_start, gap_end)]);
+        let stretch = &branch.recoverable[0];
+        assert_eq!((stretch.snapshot, stretch.from, stretch.to), (first, first_stop, gap_start));
+        assert_eq!(
+            (stretch.newest_transaction, stretch.covered_until),
+            (Some(at(60)), Some(at(90)))
+        );
+        assert_eq!(branch.recoverable[1].snapshot, second);
+        assert_eq!(branch.recoverable.len(), 2);
+        let places: Vec<usize> = listing.snapshots.iter().map(|s| s.locations.len()).collect();
+        assert_eq!(places, [2, 1, 0]);
+        assert!(listing.snapshots[2].complete.is_none());
+        let text = listing.to_string();
+        assert!(text.contains("gap") && text.contains(&format!("{begun}  incomplete")), "{text}");
+        assert!(serde_json::to_string(&listing).unwrap().contains("\"is_usable\":true"));
+    }
+}

@@ -1,0 +1,414 @@
+//! Snapshots made by hand, stored at two folders, and written out again.
+
+use super::*;
+use backstay_common::id::{Branch, BranchId, SnapshotId, SystemId, random_bytes};
+use backstay_common::keys::{Epoch, Keyring, file::FileProvider};
+use backstay_common::location::{Location, LocationSettings};
+use backstay_common::lsn::Lsn;
+use backstay_common::name::ObjectName;
+use backstay_common::seal::{Draft, Frame, ObjectKind, Packer, Sealed, seal};
+use backstay_common::segment::TimelineId;
+use backstay_common::snapshot::filemap::BytesPiece;
+use backstay_common::snapshot::{
+    BytesRef, Content, FileDigest, FileKind, FileMap, FrameRef, ManifestPlain, PackEntry, Root,
+    Run, Tablespace, page_hash,
+};
+use backstay_common::{Error, Kind};
+use std::collections::BTreeMap;
+use std::os::unix::fs::PermissionsExt;
+
+const PAGE: usize = 8192;
+const SYSTEM: SystemId = SystemId::new(7);
+
+/// A snapshot at two locations, and what must come out of it.
+pub(crate) struct Stored {
+    folder: tempfile::TempDir,
+    locations: Vec<Location>,
+    keyring: Keyring,
+    manifest: Manifest,
+    expected: BTreeMap<String, Vec<u8>>,
+    data_pack: ObjectName,
+    meta_pack: ObjectName,
+}
+
+/// Frames of one pack in the making.
+struct Pack {
+    packer: Packer,
+    frames: Vec<Frame>,
+}
+
+impl Pack {
+    fn new() -> Pack {
+        Pack { packer: Packer::new(1).unwrap(), frames: Vec::new() }
+    }
+
+    fn frame(&mut self, plain: &[u8]) -> usize {
+        self.frames.push(Frame::pack(&mut self.packer, plain).unwrap());
+        self.frames.len() - 1
+    }
+
+    fn seal(self, epoch: &Epoch) -> Sealed {
+        let draft = Draft {
+            kind: ObjectKind::Pack,
+            plain: Vec::new(),
+            frames: self.frames,
+            meta: Vec::new(),
+        };
+        seal(draft, epoch, |id| ObjectName::Pack { system: SYSTEM, id })
+    }
+}
+
+fn reference(pack: &Sealed, frame: usize) -> FrameRef {
+    let ObjectName::Pack { id, .. } = pack.name else { panic!("a pack") };
+    FrameRef { pack: id, span: pack.spans[frame] }
+}
+
+fn entry_of(pack: &Sealed) -> PackEntry {
+    PackEntry {
+        epoch: 0,
+        salt: *pack.header.salt(),
+        commitment: *pack.header.commitment(),
+        size: pack.bytes.len() as u64,
+        hash: pack.hash(),
+        live_bytes: 1,
+    }
+}
+
+fn noise(bytes: usize, seed: u64) -> Vec<u8> {
+    let mut out = vec![0; bytes];
+    let mut next = generator(seed);
+    out.iter_mut().for_each(|byte| *byte = next());
+    out
+}
+
+/// A small generator: the data need only differ from page to page.
+fn generator(seed: u64) -> impl FnMut() -> u8 {
+    let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
+    move || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        (state >> 32) as u8
+    }
+}
+
+fn digest(key: &[u8; 32], content: &[u8]) -> [u8; 32] {
+    let mut digest = FileDigest::new();
+    digest.push(&content.chunks(PAGE).map(|page| page_hash(key, page)).collect::<Vec<_>>());
+    digest.finish(content.len() as u64)
+}
+
+impl Stored {
+    /// Files of each kind: mapped with a delta, with a short last page, in a tablespace, small, empty, `pg_control`.
+    pub(crate) async fn new() -> Stored {
+        let folder = tempfile::tempdir().unwrap();
+        let mut locations = Vec::new();
+        for name in ["frankfurt", "virginia"] {
+            let url = format!("file://{}/{name}", folder.path().display());
+            let location =
+                Location::open(&LocationSettings::new(name.parse().unwrap(), url)).unwrap();
+            location.create_root().await.unwrap();
+            locations.push(location);
+        }
+        let keyring = Keyring::new(Arc::new(FileProvider::generate()), "orders".parse().unwrap());
+        let (epoch, wrap) = keyring.new_epoch(SYSTEM).await.unwrap();
+
+        let (old, new) = (noise(300 * PAGE, 1), noise(PAGE, 2));
+        let (short, small) = (noise(5 * PAGE + 100, 3), noise(700, 4));
+        let mut data = Pack::new();
+        let images: Vec<usize> = old.chunks(128 * PAGE).map(|chunk| data.frame(chunk)).collect();
+        let delta = data.frame(&new);
+        let short_frame = data.frame(&short);
+        let small_frame = data.frame(&small);
+        let data = data.seal(&epoch);
+
+        let run = |first_page, pages, frame, at| Run { first_page, pages, frame, at };
+        let big_map = FileMap {
+            frames: images.iter().chain([&delta]).map(|f| reference(&data, *f)).collect(),
+            // Page 130 is newer than its image.
+            runs: vec![
+                run(0, 128, 0, 0),
+                run(128, 2, 1, 0),
+                run(130, 1, 3, 0),
+                run(131, 125, 1, 3 * PAGE as u32),
+                run(256, 44, 2, 0),
+            ],
+        };
+        let short_map =
+            FileMap { frames: vec![reference(&data, short_frame)], runs: vec![run(0, 6, 0, 0)] };
+        let mut patched = old;
+        patched[130 * PAGE..131 * PAGE].copy_from_slice(&new);
+
+        let maps = [big_map.encode(), short_map.encode()];
+        let mut meta = Pack::new();
+        let maps_frame = meta.frame(&maps.concat());
+        let hash_key: [u8; 32] = random_bytes();
+        // The references need the offsets of a sealed pack, so maps and table are packs of their own.
+        let maps_pack = meta.seal(&epoch);
+        let map_ref = |at: usize, bytes: usize| {
+            let frame = reference(&maps_pack, maps_frame);
+            Content::Mapped(BytesRef {
+                pieces: vec![BytesPiece { frame, at: at as u32, bytes: bytes as u32 }],
+            })
+        };
+        let within = |at: u32| Content::Within { frame: reference(&data, small_frame), at };
+        let contents: Vec<(&str, Vec<u8>, Content)> = vec![
+            ("PG_VERSION", small[..3].to_vec(), within(0)),
+            ("base/1/100", patched, map_ref(0, maps[0].len())),
+            ("base/1/101", Vec::new(), Content::Empty),
+            ("global/pg_control", small[3..603].to_vec(), within(3)),
+            ("pg_tblspc/16385/PG_15/5/9", short, map_ref(maps[0].len(), maps[1].len())),
+            ("postmaster.pid", small[..3].to_vec(), within(0)),
+        ];
+        let mut files: Vec<FileEntry> = contents
+            .iter()
+            .map(|(path, content, place)| FileEntry {
+                path: path.to_string(),
+                kind: FileKind::File,
+                mode: 0o640,
+                size: content.len() as u64,
+                digest: Some(digest(&hash_key, content)),
+                content: place.clone(),
+            })
+            .collect();
+        for path in ["base", "base/1", "global", "pg_xact"] {
+            let kind = FileKind::Directory;
+            let path = path.to_string();
+            files.push(FileEntry {
+                path,
+                kind,
+                mode: 0o750,
+                size: 0,
+                digest: None,
+                content: Content::Empty,
+            });
+        }
+        files.sort_by(|a, b| a.path.cmp(&b.path));
+        let mut table = Pack::new();
+        let parts =
+            [TablePart { files: files[..4].to_vec() }, TablePart { files: files[4..].to_vec() }];
+        let encoded: Vec<Vec<u8>> = parts.iter().map(cbor::encode).collect();
+        let frames: Vec<usize> = encoded.iter().map(|bytes| table.frame(bytes)).collect();
+        let table = table.seal(&epoch);
+        let part_ref = |(frame, bytes): (&usize, &Vec<u8>)| BytesRef {
+            pieces: vec![BytesPiece {
+                frame: reference(&table, *frame),
+                at: 0,
+                bytes: bytes.len() as u32,
+            }],
+        };
+        let plain = ManifestPlain {
+            snapshot: "20261122T020000Z-1f2e3d4c".parse::<SnapshotId>().unwrap(),
+            system: SYSTEM,
+            branch: Branch { timeline: TimelineId::FIRST, id: BranchId::from_bytes([1, 2, 3, 4]) },
+            start: Lsn::new(0x100_0028),
+            stop: Lsn::new(0x100_0100),
+            segment_bytes: 16 << 20,
+            generation: 0,
+            began: 1,
+            finished: 2,
+            server_version: 150_018,
+            epochs: vec![epoch.id()],
+            packs: vec![entry_of(&data), entry_of(&maps_pack), entry_of(&table)],
+            database_bytes: files.iter().map(|file| file.size).sum(),
+            stored_bytes: 1,
+            files: files.len() as u64,
+            parent: None,
+            corrupt_pages: 0,
+        };
+        let root = Root {
+            cluster: "orders".parse().unwrap(),
+            agent: "db1".parse().unwrap(),
+            hash_key,
+            page_bytes: PAGE as u32,
+            table: frames.iter().zip(&encoded).map(part_ref).collect(),
+            backup_label: "START WAL LOCATION: 0/1000028 (file 000000010000000000000001)\n".into(),
+            tablespaces: vec![Tablespace { oid: 16385, location: "/srv/fast".into() }],
+            config_files: Vec::new(),
+            superuser: "postgres".into(),
+            checksums: true,
+            corrupt_pages: Vec::new(),
+            written_by: "test".into(),
+        };
+        for location in &locations {
+            for object in [&wrap, &data, &maps_pack, &table] {
+                location.put(&object.name, object.bytes.clone()).await.unwrap();
+            }
+        }
+        let mut expected: BTreeMap<String, Vec<u8>> =
+            contents.into_iter().map(|(path, content, _)| (path.to_string(), content)).collect();
+        expected.remove("postmaster.pid");
+        expected.insert("backup_label".into(), root.backup_label.clone().into_bytes());
+        let (data_pack, meta_pack) = (data.name, maps_pack.name);
+        let manifest = Manifest { plain, root };
+        Stored { folder, locations, keyring, manifest, expected, data_pack, meta_pack }
+    }
+
+    /// Where a location keeps an object.
+    fn path(&self, location: usize, name: &ObjectName) -> PathBuf {
+        self.folder.path().join(self.locations[location].name().as_str()).join(name.to_string())
+    }
+
+    fn target(&self) -> PathBuf {
+        self.folder.path().join("restored")
+    }
+
+    async fn restore(&self, resumes: bool) -> Result<(Materialized, Vec<(String, u64)>)> {
+        let packs = Packs::open(&self.locations, &self.keyring, &self.manifest.plain).await?;
+        let layout = Layout::new(self.target(), &self.manifest.root.tablespaces, &[])?;
+        make_directory(layout.root(), Owner::of_process())?;
+        let work = Materialize {
+            packs: &packs,
+            manifest: &self.manifest,
+            layout: &layout,
+            owner: Owner::of_process(),
+            resumes,
+            progress: Arc::new(Progress::new("test", 1, true)),
+        };
+        Ok((work.run().await?, packs.read_from()))
+    }
+
+    fn check(&self) {
+        for (path, content) in &self.expected {
+            assert!(std::fs::read(self.target().join(path)).unwrap() == *content, "{path}");
+        }
+    }
+
+    async fn refusal(&self) -> Error {
+        let error = self.restore(false).await.unwrap_err();
+        assert!(!self.target().join(CONTROL_FILE).exists(), "not finished");
+        error
+    }
+}
+
+fn bend(path: &Path, at: usize) {
+    let mut bytes = std::fs::read(path).unwrap();
+    bytes[at] ^= 1;
+    std::fs::write(path, bytes).unwrap();
+}
+
+fn remove(path: &Path) {
+    std::fs::remove_file(path).unwrap();
+}
+
+#[tokio::test]
+async fn every_file_comes_back_as_it_was() {
+    let stored = Stored::new().await;
+    let (done, from) = stored.restore(false).await.unwrap();
+    stored.check();
+    assert_eq!(done.kept_bytes, 0);
+    assert!(from[0].1 > 0 && from[1].1 == 0, "one location is enough: {from:?}");
+    let mode = |path: &str| {
+        std::fs::metadata(stored.target().join(path)).unwrap().permissions().mode() & 0o777
+    };
+    assert_eq!((mode("base/1/100"), mode("base"), mode("pg_wal")), (0o640, 0o750, 0o700));
+    assert!(!stored.target().join("postmaster.pid").exists());
+    let link = std::fs::read_link(stored.target().join("pg_tblspc/16385")).unwrap();
+    assert_eq!(link, stored.target().join("backstay-tablespaces/16385"));
+}
+
+#[tokio::test]
+async fn what_one_location_lacks_comes_from_the_other() {
+    for harm in [
+        remove as fn(&Path),
+        |path| bend(path, 3000),
+        |path| {
+            std::fs::File::options().write(true).open(path).unwrap().set_len(2000).unwrap();
+        },
+    ] {
+        let stored = Stored::new().await;
+        harm(&stored.path(0, &stored.data_pack));
+        let (_, from) = stored.restore(false).await.unwrap();
+        stored.check();
+        assert!(from[1].1 > 0, "{from:?}");
+    }
+}
+
+#[tokio::test]
+async fn damage_at_different_places_of_one_pack_is_overcome() {
+    let stored = Stored::new().await;
+    let length = std::fs::metadata(stored.path(0, &stored.data_pack)).unwrap().len() as usize;
+    bend(&stored.path(0, &stored.data_pack), 3000);
+    bend(&stored.path(1, &stored.meta_pack), 300);
+    assert!(length > 4000);
+    stored.restore(false).await.unwrap();
+    stored.check();
+}
+
+#[tokio::test]
+async fn what_no_location_has_whole_is_refused_by_name() {
+    let stored = Stored::new().await;
+    bend(&stored.path(0, &stored.data_pack), 3000);
+    bend(&stored.path(1, &stored.data_pack), 3000);
+    let error = stored.refusal().await;
+    assert_eq!(error.kind(), Kind::Corrupt);
+    let text = error.to_string();
+    for part in
+        [&stored.data_pack.to_string(), "frankfurt", "virginia", "authentication tag", "remedy"]
+    {
+        assert!(text.contains(part), "{part} in {text}");
+    }
+
+    let stored = Stored::new().await;
+    remove(&stored.path(0, &stored.meta_pack));
+    remove(&stored.path(1, &stored.meta_pack));
+    let error = stored.refusal().await;
+    assert_eq!(error.kind(), Kind::Missing);
+    assert!(error.to_string().contains(&stored.meta_pack.to_string()));
+}
+
+#[tokio::test]
+async fn swapped_packs_are_found() {
+    let stored = Stored::new().await;
+    for location in 0..2 {
+        let (a, b) =
+            (stored.path(location, &stored.data_pack), stored.path(location, &stored.meta_pack));
+        let spare = a.with_extension("spare");
+        std::fs::rename(&a, &spare).unwrap();
+        std::fs::rename(&b, &a).unwrap();
+        std::fs::rename(&spare, &b).unwrap();
+    }
+    assert_eq!(stored.refusal().await.kind(), Kind::Corrupt);
+}
+
+#[tokio::test]
+async fn an_attempt_is_taken_up_again() {
+    let stored = Stored::new().await;
+    stored.restore(false).await.unwrap();
+    bend(&stored.target().join("base/1/100"), 12345);
+    std::fs::write(stored.target().join("base/1/stranger"), b"x").unwrap();
+    remove(&stored.target().join(CONTROL_FILE));
+    let (done, _) = stored.restore(true).await.unwrap();
+    stored.check();
+    assert!(!stored.target().join("base/1/stranger").exists());
+    let size = |path: &str| stored.expected[path].len() as u64;
+    assert_eq!(done.written_bytes, size("base/1/100"), "only what was wrong");
+    assert_eq!(done.kept_bytes, size("PG_VERSION") + size("pg_tblspc/16385/PG_15/5/9"));
+}
+
+#[tokio::test]
+async fn a_path_that_leads_out_is_refused() {
+    let stored = Stored::new().await;
+    let layout = Layout::new(stored.target(), &[], &[]).unwrap();
+    let packs =
+        Packs::open(&stored.locations, &stored.keyring, &stored.manifest.plain).await.unwrap();
+    let file = FileEntry {
+        path: "../escaped".into(),
+        kind: FileKind::File,
+        mode: 0o600,
+        size: 0,
+        digest: None,
+        content: Content::Empty,
+    };
+    let refused = Batch::plan(vec![file], &layout, Owner::of_process(), &packs, PAGE as u32).await;
+    assert_eq!(refused.unwrap_err().kind(), Kind::Corrupt);
+    assert!(!stored.folder.path().join("escaped").exists());
+}
+
+#[test]
+fn a_link_in_the_place_of_a_file_is_not_followed() {
+    let folder = tempfile::tempdir().unwrap();
+    std::os::unix::fs::symlink("/etc/hostname", folder.path().join("link")).unwrap();
+    let target = batch::Target { path: folder.path().join("link"), mode: 0o600 };
+    assert!(open_target(&target, Owner::of_process()).is_err());
+}

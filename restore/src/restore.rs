@@ -1,0 +1,380 @@
+//! A restore, from the plan to the open cluster.
+//!
+//! ```text
+//! plan ─► refusals        directory, layout, room, port, binaries: nothing is touched before all have passed
+//!         claim           directory.rs     ours, locked, marked as unfinished
+//!         fetch + write   fetch.rs, materialize.rs
+//!         settings        settings_files.rs
+//!         WAL ─┬─ replay  wal_spool.rs, server.rs, replay.rs
+//!              └─ open    stop, sync, start as configured
+//! ```
+//!
+//! A crash anywhere leaves a directory that is marked as unfinished, and the same command goes on from there.
+
+use crate::access::Access;
+use crate::binaries::Binaries;
+use crate::directory::{self, Claim, Found, Mark};
+use crate::fetch::{Packs, read_manifest};
+use crate::layout::{Layout, Mapping};
+use crate::materialize::{Materialize, sync_file_systems};
+use crate::owner::{Owner, is_root};
+use crate::plan::Plan;
+use crate::progress::Progress;
+use crate::replay::{self, Reached};
+use crate::report::Report;
+use crate::server::{Place, Preload, ReplayServer, check_port, start_command, start_normally};
+use crate::settings_files::{self as settings, AtTarget, SettingsFiles, quote_shell};
+use crate::wal_source::WalSource;
+use crate::wal_source::local::LocalWal;
+use crate::wal_spool::{Frozen, ReadWal, SavedAccess, Spool, segment_size};
+use backstay_common::catalog::Catalog;
+use backstay_common::location::Location;
+use backstay_common::snapshot::Manifest;
+use backstay_common::{Context, Error, Kind, Result, control};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Instant;
+
+/// What is asked for besides the target.
+#[derive(Clone, Debug, Default)]
+pub struct Request {
+    /// Absolute.
+    pub dir: PathBuf,
+    pub start: bool,
+    pub force: bool,
+    pub owner: Option<String>,
+    pub port: Option<u16>,
+    pub pg_bin: Option<PathBuf>,
+    pub tablespaces: Vec<Mapping>,
+    /// No progress is shown.
+    pub quiet: bool,
+    /// How `wal-fetch` reaches the locations later.
+    pub saved: SavedAccess,
+}
+
+/// Everything that is decided before anything is touched.
+struct Ready<'a> {
+    plan: &'a Plan,
+    request: &'a Request,
+    manifest: Manifest,
+    locations: Vec<Location>,
+    layout: Layout,
+    found: Found,
+    owner: Owner,
+    binaries: Option<Binaries>,
+}
+
+/// Restores. `begun` is when the command was given. Dropping it stops a server that it has started; the directory then stays
+/// marked as unfinished.
+pub async fn restore(
+    access: &Access,
+    catalog: Arc<Catalog>,
+    plan: &Plan,
+    request: &Request,
+    begun: Instant,
+) -> Result<Report> {
+    let ready = prepare(access, plan, request).await?;
+    let mut report = Report::new(plan, request.dir.clone());
+    report.phase("plan", begun.elapsed().as_secs_f64());
+    let claim = ready.claim()?;
+    report.moved_to = claim.moved_to.clone();
+    ready.materialize(access, &claim, &mut report).await?;
+    let spool = ready.write_settings(&claim, &mut report)?;
+    let source = wal_source(access, catalog, plan)?;
+    let read = reader(&source);
+    match request.start {
+        true => ready.start(&claim, &spool, &*read, &mut report).await?,
+        false => ready.leave_ready(&claim, &spool, &*read, &mut report).await?,
+    }
+    report.total_seconds = begun.elapsed().as_secs_f64();
+    Ok(report)
+}
+
+async fn prepare<'a>(access: &Access, plan: &'a Plan, request: &'a Request) -> Result<Ready<'a>> {
+    check_directory_name(&request.dir)?;
+    let found = directory::inspect(&request.dir, &plan.cluster, plan.system)?;
+    directory::check(&request.dir, &found, request.force)?;
+    let owner = Owner::choose(request.owner.as_deref(), &request.dir)?;
+    let major = plan.server_version / 10_000;
+    let binaries = Binaries::find(major, request.pg_bin.as_deref());
+    let binaries = match request.start || request.pg_bin.is_some() {
+        true => Some(binaries?),
+        false => binaries.ok(),
+    };
+    if request.start {
+        refuse_root(owner)?;
+        request.port.map_or(Ok(()), |port| check_port(port, None))?;
+    }
+    let locations = in_order(access, plan);
+    let manifest = read_manifest(&locations, &access.keyring, plan.system, plan.snapshot).await?;
+    let layout =
+        Layout::new(request.dir.clone(), &manifest.root.tablespaces, &request.tablespaces)?;
+    directory::check_outside(layout.outside(), &found)?;
+    if !matches!(found, Found::Unfinished(_)) && request.tablespaces.is_empty() {
+        // WAL lies in the spool and, once replayed, in pg_wal.
+        directory::check_room(&request.dir, plan.database_bytes + 2 * plan.wal_bytes + (64 << 20))?;
+    }
+    Ok(Ready { plan, request, manifest, locations, layout, found, owner, binaries })
+}
+
+/// The name becomes part of a command line and of a configuration file.
+fn check_directory_name(dir: &Path) -> Result<()> {
+    let is_plain = dir.to_str().is_some_and(|name| !name.chars().any(char::is_control));
+    match is_plain && dir.is_absolute() && dir.file_name().is_some() {
+        true => Ok(()),
+        false => {
+            Err(Error::new(Kind::Config, format!("--into {dir:?} cannot be a target directory"))
+                .remedy("give a directory whose path is plain text, and not /"))
+        }
+    }
+}
+
+fn refuse_root(owner: Owner) -> Result<()> {
+    match owner.uid {
+        0 => Err(Error::new(Kind::Config, "PostgreSQL does not run as root, to whom the target's parent directory belongs")
+            .remedy("give --owner postgres, or restore below a directory of the user that PostgreSQL runs as")),
+        _ => Ok(()),
+    }
+}
+
+/// The plan's order, of those that answer now.
+fn in_order(access: &Access, plan: &Plan) -> Vec<Location> {
+    let named = |name| access.locations.iter().find(|location| location.name() == name).cloned();
+    plan.locations.iter().filter_map(named).collect()
+}
+
+/// Reads the plan's WAL, from the locations and what the damaged server still has.
+pub fn wal_source(access: &Access, catalog: Arc<Catalog>, plan: &Plan) -> Result<WalSource> {
+    let local = match (&plan.wal_from, plan.legs.last()) {
+        (Some(folder), Some(leg)) => Some(LocalWal::new(folder, leg.branch, segment_size(plan)?)),
+        _ => None,
+    };
+    Ok(WalSource::new(access.clone(), catalog, local))
+}
+
+/// The source as the spool wants it.
+pub fn reader(source: &WalSource) -> Box<ReadWal<'_>> {
+    Box::new(move |branch, range| Box::pin(source.read(branch, range)))
+}
+
+impl Ready<'_> {
+    fn claim(&self) -> Result<Claim> {
+        let mark = Mark {
+            cluster: self.plan.cluster.clone(),
+            system: self.plan.system,
+            snapshot: self.plan.snapshot,
+            target: self.plan.target.clone(),
+            outside: self.layout.outside().cloned().collect(),
+        };
+        directory::claim(
+            &self.request.dir,
+            self.found.clone(),
+            self.request.force,
+            self.owner,
+            &mark,
+        )
+    }
+
+    async fn materialize(&self, access: &Access, claim: &Claim, report: &mut Report) -> Result<()> {
+        let begun = Instant::now();
+        let packs = Packs::open(&self.locations, &access.keyring, &self.manifest.plain).await?;
+        let total = self.manifest.plain.database_bytes;
+        let work = Materialize {
+            packs: &packs,
+            manifest: &self.manifest,
+            layout: &self.layout,
+            owner: self.owner,
+            resumes: claim.resumes,
+            progress: Arc::new(Progress::new("snapshot", total, self.request.quiet)),
+        };
+        let done = work.run().await?;
+        (report.files, report.written_bytes, report.kept_bytes) =
+            (done.files, done.written_bytes, done.kept_bytes);
+        report.read_from = packs.read_from();
+        report.phase("fetch and write", begun.elapsed().as_secs_f64());
+        Ok(())
+    }
+
+    fn files(&self) -> SettingsFiles<'_> {
+        SettingsFiles { dir: &self.request.dir, owner: self.owner }
+    }
+
+    fn write_settings(&self, claim: &Claim, report: &mut Report) -> Result<Spool> {
+        let frozen = Frozen { plan: self.plan.clone(), access: self.request.saved.clone() };
+        let spool = Spool::create(&claim.ours(), self.owner, &frozen)?;
+        report.notes.extend(self.plan.notes.iter().cloned());
+        report.notes.extend(self.files().place_config(&self.manifest.root)?);
+        let control = control::read(&self.request.dir.join("global/pg_control"))?;
+        let minimums = settings::minimums(&control, &self.plan.minimums);
+        let at_target = if self.request.start { AtTarget::Pause } else { AtTarget::Promote };
+        let recovery =
+            settings::recovery_lines(self.plan, &restore_command(&claim.ours()), at_target);
+        let major = self.manifest.plain.major();
+        let safety = settings::safety_lines(&minimums, major, self.request.port);
+        report.cleared = self.files().prepare_recovery(&recovery, &safety)?;
+        let corrupt = self.manifest.root.corrupt_pages.len();
+        if corrupt > 0 {
+            let first = &self.manifest.root.corrupt_pages[0];
+            report.notes.push(format!(
+                "{corrupt} pages were damaged at the source already, the first in {} block {}",
+                first.path, first.block
+            ));
+        }
+        Ok(spool)
+    }
+
+    fn place(&self) -> Result<Place> {
+        let binaries = self.binaries.clone();
+        Ok(Place {
+            binaries: binaries.ok_or_else(|| Error::new(Kind::Bug, "no PostgreSQL was found"))?,
+            dir: self.request.dir.clone(),
+            owner: self.owner,
+            superuser: self.manifest.root.superuser.clone(),
+            database_bytes: self.plan.database_bytes,
+        })
+    }
+
+    /// Without `--start`: all WAL in the clear, and the one line that does the rest.
+    async fn leave_ready(
+        &self,
+        claim: &Claim,
+        spool: &Spool,
+        read: &ReadWal<'_>,
+        report: &mut Report,
+    ) -> Result<()> {
+        let begun = Instant::now();
+        let progress = Progress::new("WAL", self.plan.wal_bytes, self.request.quiet);
+        spool.fill(self.plan, read, &progress).await?;
+        sync_file_systems(&self.layout)?;
+        claim.complete()?;
+        report.phase("WAL", begun.elapsed().as_secs_f64());
+        let command = start_command(self.binaries.as_ref(), &self.request.dir, self.owner);
+        report.next.push(format!("start it, and it recovers to the target and opens: {command}"));
+        if self.binaries.is_none() {
+            report.notes.push(format!(
+                "PostgreSQL {} is not on this host; it is needed to start the cluster",
+                self.manifest.plain.major()
+            ));
+        }
+        report.notes.extend(start_note(self.owner));
+        report.next.push(AGENT_AGAIN.into());
+        Ok(())
+    }
+
+    /// With `--start`: replayed while the WAL still comes, promoted, and opened as it is configured.
+    async fn start(
+        &self,
+        claim: &Claim,
+        spool: &Spool,
+        read: &ReadWal<'_>,
+        report: &mut Report,
+    ) -> Result<()> {
+        let place = self.place()?;
+        let begun = Instant::now();
+        let (server, reached) = match self.replay(&place, spool, read, Preload::Nothing).await {
+            Err(error) if needs_libraries(spool) => {
+                tracing::warn!(
+                    error = error.message(),
+                    "again, with the libraries that it preloads"
+                );
+                self.replay(&place, spool, read, Preload::AsConfigured).await?
+            }
+            result => result?,
+        };
+        report.phase("WAL and replay", begun.elapsed().as_secs_f64());
+        let opening = Instant::now();
+        server.stop().await.context("stop the server after replay")?;
+        sync_file_systems(&self.layout)?;
+        self.files().finish_recovery()?;
+        spool.clear()?;
+        claim.complete()?;
+        report.reached = Some(reached);
+        let port = self.files().port()?;
+        check_port(port, self.files().socket_directory()?.as_deref()).map_err(|error| {
+            let start = start_command(Some(&place.binaries), &place.dir, place.owner);
+            let remedy = format!(
+                "set another port in {}/postgresql.auto.conf, then: {start}",
+                place.dir.display()
+            );
+            Error::new(error.kind(), error.message())
+                .context("the cluster is restored and complete, but not started")
+                .remedy(remedy)
+        })?;
+        start_normally(&place).await?;
+        report.phase("open", opening.elapsed().as_secs_f64());
+        report.notes.push(format!("the server runs and answers on port {port}"));
+        report.next.push(AGENT_AGAIN.into());
+        Ok(())
+    }
+
+    async fn replay(
+        &self,
+        place: &Place,
+        spool: &Spool,
+        read: &ReadWal<'_>,
+        preload: Preload,
+    ) -> Result<(ReplayServer, Reached)> {
+        let mut server = ReplayServer::start(place, preload)?;
+        let progress = Progress::new("replay", self.plan.wal_bytes, self.request.quiet);
+        let hidden = Progress::new("WAL", self.plan.wal_bytes, true);
+        let start = self.plan.legs.first().map_or(self.plan.end, |leg| leg.start);
+        let fill = spool.fill(self.plan, read, &hidden);
+        let watch = replay::run(&mut server, start, &progress);
+        // Replay may be over before the last bytes of the plan are fetched; then nobody needs them.
+        let reached = {
+            futures::pin_mut!(fill, watch);
+            match futures::future::select(fill, watch).await {
+                futures::future::Either::Left((filled, watch)) => {
+                    filled?;
+                    watch.await
+                }
+                futures::future::Either::Right((reached, _)) => reached,
+            }
+        }?;
+        Ok((server, reached))
+    }
+}
+
+fn needs_libraries(spool: &Spool) -> bool {
+    let log = std::fs::read_to_string(spool.folder().join("recovery.log"));
+    log.is_ok_and(|log| log.contains("resource manager with ID"))
+}
+
+const AGENT_AGAIN: &str = "so that backups go on: point [postgres] of the agent's config at this cluster, run \
+    `backstay-agent check`, and start the agent; it makes a slot, follows the new timeline and takes a snapshot";
+
+/// The command that PostgreSQL runs for each file. `%` in the path is doubled, for PostgreSQL replaces `%f` and `%p`.
+fn restore_command(ours: &Path) -> String {
+    let quoted = |path: &Path| quote_shell(&path.to_string_lossy()).replace('%', "%%");
+    format!("{} wal-fetch --plan {} %f %p", quoted(&ours.join("backstay")), quoted(ours))
+}
+
+/// Warns root, who can restore but not start.
+fn start_note(owner: Owner) -> Option<String> {
+    (is_root() && owner.uid == 0)
+        .then(|| "the files belong to root, as whom PostgreSQL does not run: chown them to its user first".into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_restore_command_survives_any_path() {
+        let command = restore_command(Path::new("/srv/it's 100%f/backstay-restore"));
+        assert_eq!(
+            command,
+            "'/srv/it'\\''s 100%%f/backstay-restore/backstay' wal-fetch --plan '/srv/it'\\''s 100%%f/backstay-restore' %f %p"
+        );
+        let line = settings::setting("restore_command", &command);
+        assert_eq!(settings::value_of(&line, "restore_command"), Some(command));
+    }
+
+    #[test]
+    fn strange_targets_are_refused() {
+        for bad in ["/", "relative", "/a\nb"] {
+            assert!(check_directory_name(Path::new(bad)).is_err(), "{bad:?}");
+        }
+        assert!(check_directory_name(Path::new("/srv/data")).is_ok());
+    }
+}
