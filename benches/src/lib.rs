@@ -1,1 +1,1 @@
-
+//! Benchmarks: see `benches/` and the dated results in README.md.
