@@ -194,16 +194,25 @@ impl Shelf {
         self.coverage.get(&(location, line)).map_or(Lsn::INVALID, Coverage::end)
     }
 
-    /// Takes off the shelf what every location has: objects of `line` that end at or before `until`, and pieces that a
-    /// longer object on the shelf covers.
+    /// Takes off the shelf what every location has: objects of `line` that end at or before `until`, and pieces for which
+    /// a longer object is there. A piece stays while a location that has it lacks the longer object, or else
+    /// nobody would remember to delete it there.
     pub fn retire(&mut self, line: u32, until: Lsn) -> Vec<Arc<Item>> {
-        let items: Vec<Arc<Item>> = self.line_mut(line).map(|e| e.item.clone()).collect();
+        let entries: Vec<&Entry> = self.entries.values().filter(|e| e.item.line == line).collect();
         let over = |e: &Entry| {
-            e.item.range.end <= until
-                || (!e.item.closes_span() && items.iter().any(|i| i.supersedes(&e.item)))
+            let mut longer =
+                entries.iter().filter(|other| other.item.supersedes(&e.item)).peekable();
+            match longer.peek() {
+                None => e.item.range.end <= until,
+                Some(_) => {
+                    let longer: Vec<_> = longer.collect();
+                    let is_there = |l: usize| longer.iter().any(|o| o.places[l] == Place::Stored);
+                    (0..self.locations).all(|l| e.places[l] == Place::Superseded || is_there(l))
+                }
+            }
         };
         let gone: Vec<Key> =
-            self.line_mut(line).filter(|e| e.is_done() && over(e)).map(|e| e.item.key()).collect();
+            entries.iter().filter(|e| e.is_done() && over(e)).map(|e| e.item.key()).collect();
         gone.iter().filter_map(|key| self.entries.remove(key)).map(|e| e.item).collect()
     }
 
@@ -314,6 +323,22 @@ mod tests {
         let gone: Vec<_> = shelf.retire(0, Lsn::INVALID).iter().map(|i| i.id).collect();
         assert_eq!(gone, vec![early.id, late.id], "the span waits for the spool");
         assert_eq!(shelf.retire(0, span.range.end).len(), 1);
+    }
+
+    #[test]
+    fn a_piece_is_remembered_until_its_span_is_wherever_the_piece_is() {
+        let mut shelf = listed(2);
+        let (piece, span) = (item(0, 16, 18), item(0, 16, 32));
+        shelf.add(piece.clone());
+        for location in 0..2 {
+            let sending = shelf.next(location).unwrap();
+            shelf.sent(location, &sending);
+        }
+        shelf.add(span.clone());
+        assert_eq!(shelf.sent(0, &span), vec![piece.name()]);
+        assert!(shelf.retire(0, span.range.end).is_empty(), "the second location lags");
+        assert_eq!(shelf.sent(1, &span), vec![piece.name()]);
+        assert_eq!(shelf.retire(0, span.range.end).len(), 2);
     }
 
     #[test]
