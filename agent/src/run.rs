@@ -31,6 +31,9 @@ use tokio_util::sync::CancellationToken;
 /// How long a store may take to show its `cluster` object before the agent starts without it.
 const FIRST_LOOK: Duration = Duration::from_secs(10);
 
+/// How long an agent that was killed may take to be gone.
+const LOCK_PATIENCE: Duration = Duration::from_secs(2);
+
 /// Runs until a signal or a failure.
 pub async fn run(settings: Settings) -> Result<()> {
     let stop = CancellationToken::new();
@@ -38,7 +41,7 @@ pub async fn run(settings: Settings) -> Result<()> {
     let provider = settings.keys.provider()?;
     let schedule =
         Schedule::parse(&settings.snapshot.schedule, settings.snapshot.time_zone.clone())?;
-    let _lock = lock_state_dir(&settings)?;
+    let _lock = lock_state_dir(&settings).await?;
     let alarms = Arc::new(Alarms::default());
     let Some(server) = wait_for_server(&settings, &alarms, &stop).await? else { return Ok(()) };
 
@@ -121,21 +124,27 @@ fn stop_on_signals(stop: CancellationToken) -> Result<()> {
     Ok(())
 }
 
-/// Held while the agent lives; the kernel releases it however the agent ends.
-fn lock_state_dir(settings: &Settings) -> Result<File> {
+/// Held while the agent lives; the kernel releases it however the agent ends, though a moment after a kill.
+async fn lock_state_dir(settings: &Settings) -> Result<File> {
     let path = settings.state_dir.join("agent.lock");
     let doing = || format!("lock the state directory {}", settings.state_dir.display());
     std::fs::create_dir_all(&settings.state_dir).context(doing())?;
     let file =
         File::options().create(true).truncate(false).write(true).open(&path).context(doing())?;
-    match file.try_lock() {
-        Ok(()) => Ok(file),
-        Err(std::fs::TryLockError::WouldBlock) => Err(Error::new(
-            Kind::Config,
-            format!("another agent uses {}", settings.state_dir.display()),
-        )
-        .remedy("stop it first, or give this one a state-dir of its own")),
-        Err(std::fs::TryLockError::Error(error)) => Err(error).context(doing()),
+    let patience = std::time::Instant::now() + LOCK_PATIENCE;
+    loop {
+        match file.try_lock() {
+            Ok(()) => return Ok(file),
+            Err(std::fs::TryLockError::WouldBlock) if std::time::Instant::now() < patience => {
+                tokio::time::sleep(Duration::from_millis(50)).await;
+            }
+            Err(std::fs::TryLockError::WouldBlock) => {
+                let reason = format!("another agent uses {}", settings.state_dir.display());
+                return Err(Error::new(Kind::Config, reason)
+                    .remedy("stop it first, or give this one a state-dir of its own"));
+            }
+            Err(std::fs::TryLockError::Error(error)) => return Err(error).context(doing()),
+        }
     }
 }
 
