@@ -94,7 +94,7 @@ impl Access {
             match record {
                 Ok(record) => answered.push((location, record)),
                 Err(error) if error.kind() == Kind::Config => return Err(error),
-                Err(error) => unreachable.push((location.name().clone(), error.message().into())),
+                Err(error) => unreachable.push((location.name().clone(), reason(&error))),
             }
         }
         let Some((_, first)) = answered.first().cloned() else {
@@ -144,6 +144,14 @@ fn refuse_strangers(answered: &[(Location, ClusterRecord)]) -> Result<()> {
             ),
         )
         .remedy("give only locations of the cluster that you want to restore")),
+    }
+}
+
+/// Each location has its own remedy.
+fn reason(error: &Error) -> String {
+    match error.remedy_text() {
+        Some(remedy) => format!("{} ({remedy})", error.message()),
+        None => error.message().to_string(),
     }
 }
 

@@ -70,6 +70,8 @@ struct Entry {
     item: Arc<Item>,
     /// By location.
     places: Vec<Place>,
+    /// By location: a write failed, and may have stored it all the same.
+    doubts: Vec<bool>,
 }
 
 impl Entry {
@@ -102,7 +104,8 @@ impl Shelf {
             }
         }
         let places = vec![Place::Waiting; self.locations];
-        self.entries.insert(item.key(), Entry { item, places });
+        let doubts = vec![false; self.locations];
+        self.entries.insert(item.key(), Entry { item, places, doubts });
     }
 
     fn line_mut(&mut self, line: u32) -> impl Iterator<Item = &mut Entry> {
@@ -167,20 +170,36 @@ impl Shelf {
             } else if item.supersedes(&entry.item) {
                 match place {
                     Place::Stored => superfluous.push(entry.item.name()),
-                    Place::Waiting => *place = Place::Superseded,
-                    Place::Sending | Place::Superseded => continue,
+                    Place::Waiting | Place::Superseded => {
+                        *place = Place::Superseded;
+                        if std::mem::take(&mut entry.doubts[location]) {
+                            superfluous.push(entry.item.name());
+                        }
+                    }
+                    Place::Sending => continue,
                 }
             }
         }
+        superfluous.extend(self.is_overtaken(location, item).then(|| item.name()));
         superfluous
     }
 
-    /// `item` is to be sent again, unless a longer object is on the shelf by now.
-    pub fn failed(&mut self, location: usize, item: &Item) {
+    /// True if `location` got a longer object while this one was on its way.
+    fn is_overtaken(&mut self, location: usize, item: &Item) -> bool {
+        self.line_mut(item.line)
+            .any(|e| e.places[location] == Place::Stored && e.item.supersedes(item))
+    }
+
+    /// `item` is to be sent again, unless a longer object is on the shelf by now. Returns its name if that one is stored
+    /// already, and this one may be too.
+    pub fn failed(&mut self, location: usize, item: &Item) -> Option<ObjectName> {
         let superseded = self.line_mut(item.line).any(|e| e.item.supersedes(item));
+        let overtaken = self.is_overtaken(location, item);
         if let Some(entry) = self.entries.get_mut(&item.key()) {
             entry.places[location] = if superseded { Place::Superseded } else { Place::Waiting };
+            entry.doubts[location] = !overtaken;
         }
+        overtaken.then(|| item.name())
     }
 
     /// How far `location` has all of `line` without a hole, and all of the lines before it; 0/0 where that is not
@@ -207,7 +226,8 @@ impl Shelf {
                 Some(_) => {
                     let longer: Vec<_> = longer.collect();
                     let is_there = |l: usize| longer.iter().any(|o| o.places[l] == Place::Stored);
-                    (0..self.locations).all(|l| e.places[l] == Place::Superseded || is_there(l))
+                    let is_absent = |l: usize| e.places[l] == Place::Superseded && !e.doubts[l];
+                    (0..self.locations).all(|l| is_absent(l) || is_there(l))
                 }
             }
         };
@@ -339,6 +359,42 @@ mod tests {
         assert!(shelf.retire(0, span.range.end).is_empty(), "the second location lags");
         assert_eq!(shelf.sent(1, &span), vec![piece.name()]);
         assert_eq!(shelf.retire(0, span.range.end).len(), 2);
+    }
+
+    #[test]
+    fn a_piece_that_may_be_there_is_deleted_too() {
+        let span = item(0, 16, 32);
+        // The write fails before the span is on the shelf, after it, and after it is stored.
+        for failed_after in 0..3 {
+            let mut shelf = listed(1);
+            let piece = item(0, 16, 18);
+            shelf.add(piece.clone());
+            let sending = shelf.next(0).unwrap();
+            let mut gone = Vec::new();
+            for step in 0..3 {
+                if step == failed_after {
+                    gone.extend(shelf.failed(0, &sending));
+                }
+                match step {
+                    0 => shelf.add(span.clone()),
+                    1 => gone.extend(shelf.sent(0, &span)),
+                    _ => {}
+                }
+            }
+            assert_eq!(gone, vec![piece.name()], "{failed_after}");
+            assert_eq!(shelf.retire(0, span.range.end).len(), 2);
+        }
+    }
+
+    #[test]
+    fn a_piece_that_comes_after_its_span_is_deleted() {
+        let mut shelf = listed(1);
+        let (piece, span) = (item(0, 16, 18), item(0, 16, 32));
+        shelf.add(piece.clone());
+        let sending = shelf.next(0).unwrap();
+        shelf.add(span.clone());
+        assert!(shelf.sent(0, &span).is_empty());
+        assert_eq!(shelf.sent(0, &sending), vec![piece.name()]);
     }
 
     #[test]

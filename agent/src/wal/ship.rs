@@ -176,7 +176,8 @@ impl Shipper {
                 self.succeeded();
             }
             Err(error) => {
-                self.path.board.update(|state| state.shelf.failed(location, item));
+                let gone = self.path.board.update(|state| state.shelf.failed(location, item));
+                self.superfluous.extend(gone);
                 self.failed(error);
             }
         }

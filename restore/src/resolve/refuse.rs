@@ -170,10 +170,12 @@ pub fn more_beyond(gap: &Gap) -> String {
     )
 }
 
-/// There is nothing to restore from.
+/// There is nothing to restore from, or all that there is is damaged.
 pub fn no_snapshot(survey: &Survey) -> Error {
     let notes: String = survey.notes.iter().map(|note| format!("\n  {note}")).collect();
-    Error::new(Kind::Target, format!("no location that answers has a complete snapshot{notes}"))
+    let is_damaged = survey.notes.iter().any(|note| note.starts_with("snapshot "));
+    let kind = if is_damaged { Kind::Corrupt } else { Kind::Target };
+    Error::new(kind, format!("no location that answers has a complete snapshot{notes}"))
         .remedy("take one with `backstay-agent snapshot`, or bring back the location that has one")
 }
 
