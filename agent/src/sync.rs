@@ -4,10 +4,14 @@
 //! then every hour, never beside a snapshot. Copying keeps the order of the format (wraps, origins, packs and
 //! WAL, manifests last), so that a manifest at a location still implies all that it needs; it checks each object's
 //! BLAKE3 trailer and needs no key.
+//!
+//! What is superfluous goes: pieces whose span is at the same location, which nobody remembers when the agent was
+//! killed between the PUT of the span and their deletion.
 
 use crate::context::AgentContext;
+use crate::wal::superseded;
 use backstay_common::Result;
-use backstay_common::id::{Branch, LocationName};
+use backstay_common::id::{Branch, LocationName, ObjectId, SystemId};
 use backstay_common::location::Location;
 use backstay_common::lsn::LsnRange;
 use backstay_common::name::{ObjectName, folder};
@@ -48,15 +52,45 @@ pub async fn run(context: &AgentContext) -> Result<SyncReport> {
     let all: BTreeSet<ObjectName> = present.iter().flat_map(|(_, names)| names).cloned().collect();
     for (location, names) in &present {
         match copy_missing(location, names, &all, &present).await {
-            Ok(0) => {}
+            Ok(0) => delete_superseded(location, names).await,
             Ok(count) => {
                 tracing::info!(location = %location.name(), count, "copied objects that it lacked");
                 report.copied.insert(location.name().clone(), count);
+                if let Ok(names) = list(location, &folder::system(context.system)).await {
+                    delete_superseded(location, &names).await;
+                }
             }
             Err(error) => report.failed.push((location.name().clone(), error.message().into())),
         }
     }
     Ok(report)
+}
+
+/// Deletes pieces for which a longer object is in the listing of the same location. An identity that may not delete
+/// leaves them to prune.
+async fn delete_superseded(location: &Location, names: &BTreeSet<ObjectName>) {
+    let gone = superfluous(names);
+    match location.delete(&gone).await {
+        Ok(()) if gone.is_empty() => {}
+        Ok(()) => {
+            tracing::info!(location = %location.name(), count = gone.len(), "deleted superseded pieces");
+        }
+        Err(error) => tracing::debug!(%error, "superseded pieces are left"),
+    }
+}
+
+fn superfluous(names: &BTreeSet<ObjectName>) -> Vec<ObjectName> {
+    let mut branches: BTreeMap<(SystemId, Branch), Vec<(LsnRange, ObjectId)>> = BTreeMap::new();
+    for name in names {
+        if let ObjectName::Wal { system, branch, range, id } = *name {
+            branches.entry((system, branch)).or_default().push((range, id));
+        }
+    }
+    let of_branch = |((system, branch), found): ((SystemId, Branch), Vec<_>)| {
+        let gone: Vec<_> = superseded(&found).collect();
+        gone.into_iter().map(move |(range, id)| ObjectName::Wal { system, branch, range, id })
+    };
+    branches.into_iter().flat_map(of_branch).collect()
 }
 
 async fn list(location: &Location, folder: &str) -> Result<BTreeSet<ObjectName>> {
@@ -150,7 +184,6 @@ async fn copy(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use backstay_common::id::{ObjectId, SystemId};
     use backstay_common::lsn::Lsn;
 
     const SYSTEM: SystemId = SystemId::new(7);
@@ -184,6 +217,13 @@ mod tests {
         let all: BTreeSet<_> =
             [wal(0, 100, 1), wal(0, 40, 2), wal(40, 100, 3), wal(100, 120, 4)].into();
         assert_eq!(missing(&has, &all).concat(), [wal(100, 120, 4)]);
+    }
+
+    #[test]
+    fn pieces_go_when_their_span_is_there() {
+        let names: BTreeSet<_> =
+            [wal(0, 100, 1), wal(0, 40, 2), wal(40, 100, 3), wal(100, 120, 4)].into();
+        assert_eq!(superfluous(&names), [wal(0, 40, 2), wal(40, 100, 3)]);
     }
 
     #[test]

@@ -276,8 +276,10 @@ async fn send(path: Arc<WalPath>, location: usize, item: Arc<Item>) -> (Arc<Item
     (item, result)
 }
 
-/// Objects whose range a longer one covers.
-fn superseded(found: &[(LsnRange, ObjectId)]) -> impl Iterator<Item = (LsnRange, ObjectId)> {
+/// Objects of one branch whose range a longer one covers.
+pub(crate) fn superseded(
+    found: &[(LsnRange, ObjectId)],
+) -> impl Iterator<Item = (LsnRange, ObjectId)> {
     let mut sorted = found.to_vec();
     sorted.sort_by_key(|(range, _)| (range.start, std::cmp::Reverse(range.end)));
     let mut longest = LsnRange::new(Lsn::INVALID, Lsn::INVALID);
