@@ -153,7 +153,7 @@ impl Location {
 
     /// For `init` only: makes a folder's root, durably. A bucket must be there already.
     pub async fn create_root(&self) -> Result<()> {
-        self.on_disk(|disk| disk.create_root()).await
+        self.on_disk(|disk| disk.create_root()).await.map(drop)
     }
 
     /// The `cluster` object, which `init` makes. A location without it is unavailable, and is never
@@ -198,15 +198,16 @@ impl Location {
     }
 
     /// Runs `work` on a folder's disk, off the reactor; nothing where there is no folder.
-    async fn on_disk<F>(&self, work: F) -> Result<()>
+    async fn on_disk<T, F>(&self, work: F) -> Result<Option<T>>
     where
-        F: FnOnce(Disk) -> Result<()> + Send + 'static,
+        T: Send + 'static,
+        F: FnOnce(Disk) -> Result<T> + Send + 'static,
     {
-        let Some(disk) = self.0.disk.clone() else { return Ok(()) };
-        tokio::task::spawn_blocking(move || work(disk))
+        let Some(disk) = self.0.disk.clone() else { return Ok(None) };
+        let done = tokio::task::spawn_blocking(move || work(disk))
             .await
-            .map_err(|e| Error::new(Kind::Bug, format!("disk work ended early: {e}")))?
-            .context(format!("location {}", self.name()))
+            .map_err(|e| Error::new(Kind::Bug, format!("disk work ended early: {e}")))?;
+        done.map(Some).context(format!("location {}", self.name()))
     }
 }
 

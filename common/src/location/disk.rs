@@ -15,6 +15,9 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
+/// Device and inode.
+pub(super) type Identity = (u64, u64);
+
 /// The root folder of one location. Every method blocks on the file system.
 #[derive(Clone, Debug)]
 pub(super) struct Disk(Arc<State>);
@@ -23,7 +26,7 @@ pub(super) struct Disk(Arc<State>);
 struct State {
     root: PathBuf,
     /// Device and inode of the root when it was last believed.
-    identity: Mutex<Option<(u64, u64)>>,
+    identity: Mutex<Option<Identity>>,
     /// Folders whose entries, up to the root's, this process has synced. There is one for each kind
     /// of object, and one for 4 GiB of WAL.
     synced: Mutex<HashSet<PathBuf>>,
@@ -50,8 +53,8 @@ impl Disk {
         Ok(())
     }
 
-    /// Refuses a root that is not there, or that became another folder.
-    pub(super) fn check(&self) -> Result<()> {
+    /// Refuses a root that is not there, or that became another folder. Its device and inode.
+    pub(super) fn check(&self) -> Result<Identity> {
         let root = self.root();
         let found = fs::metadata(root).map_err(|e| match e.kind() {
             ErrorKind::NotFound => {
@@ -73,15 +76,16 @@ impl Disk {
             self.synced().clear();
         }
         *identity = Some(found);
-        Ok(())
+        Ok(found)
     }
 
-    /// Makes the folders between the root and `file`, durably; never the root.
-    pub(super) fn prepare(&self, file: &Path) -> Result<()> {
-        self.check()?;
-        let Some(folder) = file.parent() else { return Ok(()) };
+    /// Makes the folders between the root and `file`, durably; never the root. The identity of the root in which `file`
+    /// may now be written.
+    pub(super) fn prepare(&self, file: &Path) -> Result<Identity> {
+        let root = self.check()?;
+        let Some(folder) = file.parent() else { return Ok(root) };
         if self.synced().contains(folder) {
-            return Ok(());
+            return Ok(root);
         }
         let below: Vec<&Path> = folder.ancestors().take_while(|f| *f != self.root()).collect();
         for folder in below.iter().rev() {
@@ -94,7 +98,22 @@ impl Disk {
         }
         self.settle(file)?;
         self.synced().insert(folder.to_path_buf());
-        Ok(())
+        Ok(root)
+    }
+
+    /// Refuses a write that was prepared in `root`, if the disk was unmounted or the folder moved while it went on: the
+    /// file may lie in another place, and in a folder that the write itself has made.
+    pub(super) fn confirm(&self, root: Identity) -> Result<()> {
+        let path = self.root();
+        let still = fs::metadata(path).is_ok_and(|found| (found.dev(), found.ino()) == root);
+        match still {
+            true => Ok(()),
+            false => Err(Error::new(
+                Kind::Storage,
+                format!("folder {} went away during a write", path.display()),
+            )
+            .remedy("mount its disk again; what was left in its place can be deleted")),
+        }
     }
 
     /// Syncs every directory entry that leads to `file`, whoever made it.
@@ -152,6 +171,23 @@ mod tests {
         disk.create_root().unwrap();
         disk.prepare(&root.join("x/y/z")).unwrap();
         assert!(root.join("x/y").is_dir());
+    }
+
+    #[test]
+    fn a_write_counts_only_in_the_folder_that_it_began_in() {
+        let dir = tempfile::tempdir().unwrap();
+        let (root, away) = (dir.path().join("mnt"), dir.path().join("unmounted"));
+        let disk = Disk::new(root.clone());
+        disk.create_root().unwrap();
+        let before = disk.prepare(&root.join("x/y")).unwrap();
+        disk.confirm(before).unwrap();
+        fs::rename(&root, &away).unwrap();
+        assert_eq!(disk.confirm(before).unwrap_err().kind(), Kind::Storage);
+        fs::create_dir_all(root.join("x")).unwrap();
+        assert_eq!(disk.confirm(before).unwrap_err().kind(), Kind::Storage);
+        fs::remove_dir_all(&root).unwrap();
+        fs::rename(&away, &root).unwrap();
+        disk.confirm(before).unwrap();
     }
 
     #[test]

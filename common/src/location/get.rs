@@ -84,7 +84,7 @@ impl Location {
     /// In a folder that is not mounted nothing is missing: it is the folder that is not there.
     async fn read_fault(&self, path: &str, error: &StoreError) -> Error {
         match self.on_disk(|disk| disk.check()).await {
-            Ok(()) => self.fault("read", path, error),
+            Ok(_) => self.fault("read", path, error),
             Err(error) => error,
         }
     }

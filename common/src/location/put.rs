@@ -103,20 +103,35 @@ impl Location {
         let at = self.at(path)?;
         let file = PathBuf::from(format!("/{at}"));
         let folder = file.clone();
-        self.on_disk(move |disk| disk.prepare(&folder)).await?;
+        let root = self.on_disk(move |disk| disk.prepare(&folder)).await?;
+        let stored = self.store_prepared(path, &at, &file, &bytes).await?;
+        if let Some(root) = root {
+            self.on_disk(move |disk| disk.confirm(root)).await?;
+        }
+        Ok(stored)
+    }
+
+    async fn store_prepared(
+        &self,
+        path: &str,
+        at: &Path,
+        file: &std::path::Path,
+        bytes: &Bytes,
+    ) -> Result<Outcome> {
         let mut last = None;
         for attempt in 0..ATTEMPTS {
             if attempt > 0 {
                 tokio::time::sleep(pause(attempt)).await;
             }
-            let failure = match self.create(path, &at, &bytes).await {
+            let failure = match self.create(path, at, bytes).await {
                 Answer::Created => return Ok(Outcome::Created),
                 Answer::Refused(error) => return Err(error),
                 Answer::Exists => None,
                 Answer::Unknown(error) => Some(error),
             };
-            match (self.compare(path, &bytes).await, failure) {
+            match (self.compare(path, bytes).await, failure) {
                 (Ok(Found::Equal), _) => {
+                    let file = file.to_path_buf();
                     self.on_disk(move |disk| disk.settle(&file)).await?;
                     return Ok(Outcome::Equal);
                 }
