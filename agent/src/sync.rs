@@ -3,19 +3,19 @@
 //! Needed after an agent was killed between the writes to two locations, and after a location was away. Runs at start,
 //! then every hour, never beside a snapshot. Copying keeps the order of the format (wraps, origins, packs and
 //! WAL, manifests last), so that a manifest at a location still implies all that it needs; it checks each object's
-//! BLAKE3 trailer and needs no key.
+//! BLAKE3 trailer and that it is what its name says, and needs no key.
 //!
 //! What is superfluous goes: pieces whose span is at the same location, which nobody remembers when the agent was
-//! killed between the PUT of the span and their deletion.
+//! killed between the PUT of the span and their deletion. A name proves nothing: the span is read whole and opened first.
 
 use crate::context::AgentContext;
-use crate::wal::superseded;
-use backstay_common::Result;
 use backstay_common::id::{Branch, LocationName, ObjectId, SystemId};
 use backstay_common::location::Location;
-use backstay_common::lsn::LsnRange;
+use backstay_common::lsn::{Lsn, LsnRange};
 use backstay_common::name::{ObjectName, folder};
-use backstay_common::seal::check_trailer;
+use backstay_common::seal::Header;
+use backstay_common::span::WalObject;
+use backstay_common::{Error, Kind, Result};
 use futures::TryStreamExt;
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -34,9 +34,6 @@ pub struct SyncReport {
 /// Lists all locations, and copies to each what another one has.
 pub async fn run(context: &AgentContext) -> Result<SyncReport> {
     let mut report = SyncReport::default();
-    if context.writers.len() < 2 {
-        return Ok(report);
-    }
     let listings = futures::future::join_all(context.writers.iter().map(|writer| async {
         let listed = list(writer.location(), &folder::system(context.system)).await;
         (writer.location().clone(), listed)
@@ -52,12 +49,12 @@ pub async fn run(context: &AgentContext) -> Result<SyncReport> {
     let all: BTreeSet<ObjectName> = present.iter().flat_map(|(_, names)| names).cloned().collect();
     for (location, names) in &present {
         match copy_missing(location, names, &all, &present).await {
-            Ok(0) => delete_superseded(location, names).await,
+            Ok(0) => delete_superseded(context, location, names).await,
             Ok(count) => {
                 tracing::info!(location = %location.name(), count, "copied objects that it lacked");
                 report.copied.insert(location.name().clone(), count);
                 if let Ok(names) = list(location, &folder::system(context.system)).await {
-                    delete_superseded(location, &names).await;
+                    delete_superseded(context, location, &names).await;
                 }
             }
             Err(error) => report.failed.push((location.name().clone(), error.message().into())),
@@ -66,31 +63,74 @@ pub async fn run(context: &AgentContext) -> Result<SyncReport> {
     Ok(report)
 }
 
-/// Deletes pieces for which a longer object is in the listing of the same location. An identity that may not delete
-/// leaves them to prune.
-async fn delete_superseded(location: &Location, names: &BTreeSet<ObjectName>) {
-    let gone = superfluous(names);
-    match location.delete(&gone).await {
-        Ok(()) if gone.is_empty() => {}
-        Ok(()) => {
-            tracing::info!(location = %location.name(), count = gone.len(), "deleted superseded pieces");
+/// Deletes pieces for which a longer object is whole at the same location. An identity that may not delete leaves them
+/// to prune.
+async fn delete_superseded(
+    context: &AgentContext,
+    location: &Location,
+    names: &BTreeSet<ObjectName>,
+) {
+    let place = location.name().as_str();
+    let mut damaged = None;
+    for (longer, pieces) in superseded(names) {
+        let deleted = async {
+            prove(context, location, &longer).await?;
+            location.delete(&pieces).await
+        };
+        match deleted.await {
+            Ok(()) => {
+                tracing::info!(location = place, count = pieces.len(), "deleted superseded pieces")
+            }
+            Err(error) if error.kind() == Kind::Corrupt => damaged = Some(error),
+            Err(error) => tracing::debug!(%error, "superseded pieces are left"),
         }
-        Err(error) => tracing::debug!(%error, "superseded pieces are left"),
+    }
+    match damaged {
+        Some(error) => context.alarms.raise("object-damaged", place, error),
+        None => context.alarms.clear("object-damaged", place),
     }
 }
 
-fn superfluous(names: &BTreeSet<ObjectName>) -> Vec<ObjectName> {
+/// Reads and opens all of a WAL object.
+async fn prove(context: &AgentContext, location: &Location, name: &ObjectName) -> Result<()> {
+    let bytes = location.get(name).await?;
+    let header = Header::check(&bytes, name)?;
+    let keyring = context.epochs.keyring();
+    let epoch = keyring.epoch(context.system, header.epoch(), location).await?;
+    let name = name.clone();
+    let opened = move || WalObject::open(bytes, &name, &epoch)?.wal().map(drop);
+    tokio::task::spawn_blocking(opened)
+        .await
+        .unwrap_or_else(|_| Err(Error::new(Kind::Bug, "opening a WAL object panicked")))
+}
+
+/// For each WAL object whose range covers shorter ones those that it covers.
+fn superseded(names: &BTreeSet<ObjectName>) -> Vec<(ObjectName, Vec<ObjectName>)> {
     let mut branches: BTreeMap<(SystemId, Branch), Vec<(LsnRange, ObjectId)>> = BTreeMap::new();
     for name in names {
         if let ObjectName::Wal { system, branch, range, id } = *name {
             branches.entry((system, branch)).or_default().push((range, id));
         }
     }
-    let of_branch = |((system, branch), found): ((SystemId, Branch), Vec<_>)| {
-        let gone: Vec<_> = superseded(&found).collect();
-        gone.into_iter().map(move |(range, id)| ObjectName::Wal { system, branch, range, id })
-    };
-    branches.into_iter().flat_map(of_branch).collect()
+    let mut found: Vec<(ObjectName, Vec<ObjectName>)> = Vec::new();
+    for ((system, branch), mut objects) in branches {
+        objects.sort_by_key(|(range, _)| (range.start, std::cmp::Reverse(range.end)));
+        let mut longest = LsnRange::new(Lsn::INVALID, Lsn::INVALID);
+        for (range, id) in objects {
+            let name = ObjectName::Wal { system, branch, range, id };
+            if range.end > longest.end {
+                longest = range;
+                found.push((name, Vec::new()));
+            } else if longest.covers(&range)
+                && longest.len() > range.len()
+                && let Some((_, pieces)) = found.last_mut()
+            {
+                pieces.push(name);
+            }
+        }
+    }
+    found.retain(|(_, pieces)| !pieces.is_empty());
+    found
 }
 
 async fn list(location: &Location, folder: &str) -> Result<BTreeSet<ObjectName>> {
@@ -166,7 +206,7 @@ async fn copy(
             continue;
         }
         let fetched = source.get(&name).await;
-        match fetched.and_then(|bytes| check_trailer(&bytes, &name.to_string()).map(|()| bytes)) {
+        match fetched.and_then(|bytes| Header::check(&bytes, &name).map(|_| bytes)) {
             Ok(bytes) => return to.put(&name, bytes).await.map(|_| ()),
             Err(error) => {
                 tracing::warn!(location = %source.name(), "cannot copy {name}: {}", error.message());
@@ -184,7 +224,6 @@ async fn copy(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use backstay_common::lsn::Lsn;
 
     const SYSTEM: SystemId = SystemId::new(7);
 
@@ -223,7 +262,10 @@ mod tests {
     fn pieces_go_when_their_span_is_there() {
         let names: BTreeSet<_> =
             [wal(0, 100, 1), wal(0, 40, 2), wal(40, 100, 3), wal(100, 120, 4)].into();
-        assert_eq!(superfluous(&names), [wal(0, 40, 2), wal(40, 100, 3)]);
+        let gone = vec![wal(0, 40, 2), wal(40, 100, 3)];
+        assert_eq!(superseded(&names), [(wal(0, 100, 1), gone)]);
+        let equal: BTreeSet<_> = [wal(16, 32, 1), wal(16, 32, 2), wal(20, 40, 3)].into();
+        assert_eq!(superseded(&equal), [], "of equal ranges none goes, nor what reaches further");
     }
 
     #[test]

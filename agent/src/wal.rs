@@ -41,8 +41,6 @@ mod shelf;
 mod ship;
 mod spool;
 
-pub(crate) use ship::superseded;
-
 use crate::context::AgentContext;
 use backstay_common::id::{Branch, LocationName};
 use backstay_common::lsn::{Lsn, LsnRange};

@@ -4,6 +4,8 @@
 use crate::folder;
 use crate::site::{LOCATIONS, PATIENCE, Site, restore};
 use anyhow::{Context, Result, ensure};
+use backstay_common::id::ObjectId;
+use backstay_common::lsn::LsnRange;
 use backstay_common::name::ObjectName;
 use backstay_tests::ledger::Target;
 use backstay_tests::major::Major;
@@ -12,6 +14,7 @@ use backstay_tests::postgres::Cluster;
 use backstay_tests::programs::{Configuration, Deployment, Finished};
 use backstay_tests::random::Random;
 use backstay_tests::scene::Scene;
+use serde_json::Value;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
@@ -238,6 +241,39 @@ async fn a_hole_in_the_wal(scene: &Scene, major: Major) -> Result<()> {
     site.judge(&restored, &Target::Time(early.micros)).await.map(|_| ())
 }
 on_drawn_major!(a_hole_in_the_wal);
+
+/// An object that only has the name of a longer one does not cost the pieces that it seems to supersede.
+async fn a_planted_name(scene: &Scene, major: Major) -> Result<()> {
+    let mut site = Site::start(scene, &major).await?;
+    site.ledger.wait_for(50, PATIENCE).await?;
+    site.ledger.stop().await?;
+    site.all_stored().await?;
+    site.agent.kill()?;
+    let near = site.location("near");
+    let names = folder::named(&near, "/wal/")?;
+    let mut wal = names.iter().filter_map(|name| match name.parse() {
+        Ok(ObjectName::Wal { system, branch, range, .. }) => Some((name, system, branch, range)),
+        _ => None,
+    });
+    let (piece, system, branch, range) = wal.next_back().context("no piece")?;
+    let range = LsnRange::new(range.start.span_start(), range.start.next_span());
+    let id = ObjectId::from_bytes([7; 8]);
+    let planted = near.join(ObjectName::Wal { system, branch, range, id }.to_string());
+    std::fs::copy(near.join(piece), &planted)?;
+    scene.give(&planted)?;
+    site.agent.restart().await?;
+    let raised = |status: &Value| {
+        let alarms = status["alarms"].as_array().cloned().unwrap_or_default();
+        alarms.iter().any(|alarm| alarm["name"] == "object-damaged" && alarm["subject"] == "near")
+    };
+    site.agent.wait_until("an alarm names the location", PATIENCE, raised).await?;
+    ensure!(near.join(piece).exists(), "{piece} is gone");
+    std::fs::remove_file(&planted)?;
+    site.agent.terminate(PATIENCE).await?;
+    let (restored, _) = site.restore_and_start("copy", "latest", &[]).await?;
+    site.judge(&restored, &Target::All).await.map(|_| ())
+}
+on_drawn_major!(a_planted_name);
 
 /// Another key, a damaged key file, one that everybody can read; another cluster's name, another cluster's folder.
 async fn wrong_keys_and_clusters(scene: &Scene, major: Major) -> Result<()> {

@@ -10,7 +10,7 @@ use super::line::Line;
 use super::shelf::Item;
 use backstay_common::head::Head;
 use backstay_common::id::{Branch, ObjectId};
-use backstay_common::lsn::{Lsn, LsnRange};
+use backstay_common::lsn::LsnRange;
 use backstay_common::name::{ObjectName, folder};
 use backstay_common::{Error, Kind, Result};
 use futures::StreamExt;
@@ -30,7 +30,7 @@ const HEAD_EVERY: Duration = Duration::from_secs(300);
 const TICK: Duration = Duration::from_secs(1);
 /// How long after a deletion that failed the next one is tried.
 const DELETE_AGAIN_AFTER: Duration = Duration::from_secs(15);
-/// More superseded pieces than this are left to the next start, or to prune.
+/// More superseded pieces than this are left to sync, or to prune.
 const SUPERFLUOUS_MAX: usize = 10_000;
 
 type Sending = FuturesUnordered<BoxFuture<'static, (Arc<Item>, Result<()>)>>;
@@ -128,12 +128,6 @@ impl Shipper {
                 _ => None,
             })
             .collect();
-        self.superfluous.extend(superseded(&found).map(|(range, id)| ObjectName::Wal {
-            system,
-            branch,
-            range,
-            id,
-        }));
         self.path.board.update(|s| s.shelf.listed(self.location, line.number, begin, &found));
         self.succeeded();
         fill::spawn(&self.path, self.location, branch, begin);
@@ -223,7 +217,7 @@ impl Shipper {
         self.delete_superfluous().await;
     }
 
-    /// The next start lists what is left again; an identity that may not delete leaves it to prune.
+    /// What is left is found again by sync; an identity that may not delete leaves it to prune.
     async fn delete_superfluous(&mut self) {
         if self.delete_at > Instant::now() {
             return;
@@ -274,37 +268,4 @@ async fn send(path: Arc<WalPath>, location: usize, item: Arc<Item>) -> (Arc<Item
     };
     let result = result.await;
     (item, result)
-}
-
-/// Objects of one branch whose range a longer one covers.
-pub(crate) fn superseded(
-    found: &[(LsnRange, ObjectId)],
-) -> impl Iterator<Item = (LsnRange, ObjectId)> {
-    let mut sorted = found.to_vec();
-    sorted.sort_by_key(|(range, _)| (range.start, std::cmp::Reverse(range.end)));
-    let mut longest = LsnRange::new(Lsn::INVALID, Lsn::INVALID);
-    sorted.into_iter().filter(move |(range, _)| {
-        if range.end > longest.end {
-            longest = *range;
-        }
-        longest.covers(range) && longest.len() > range.len()
-    })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn what_a_longer_object_covers_is_superfluous() {
-        let object = |start, end| {
-            (LsnRange::new(Lsn::new(start), Lsn::new(end)), ObjectId::from_bytes([0; 8]))
-        };
-        let found =
-            [object(16, 18), object(18, 20), object(16, 32), object(32, 34), object(33, 36)];
-        let gone: Vec<_> = superseded(&found).collect();
-        assert_eq!(gone, vec![found[0], found[1]]);
-        let equal = [object(16, 32), object(16, 32)];
-        assert_eq!(superseded(&equal).count(), 0, "of equal ranges none goes");
-    }
 }
