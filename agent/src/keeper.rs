@@ -28,6 +28,8 @@ const RETRY_AFTER: Duration = Duration::from_secs(300);
 const SYNC_EVERY: Duration = Duration::from_secs(3600);
 /// How often while a location lacks a snapshot that another one has.
 const SYNC_WHILE_PENDING_EVERY: Duration = Duration::from_secs(30);
+/// How long the WAL path may take to connect before a snapshot is tried without it.
+const SLOT_PATIENCE: Duration = Duration::from_secs(10);
 /// Raised where a snapshot is committed at other locations only.
 const PENDING: &str = "snapshot-pending";
 
@@ -159,6 +161,9 @@ impl KeeperTask {
     fn newest(&self, outcome: &SnapshotOutcome) -> Option<Newest> {
         if self.wal.borrow().gap_end == self.behind.1 {
             self.context.alarms.clear("wal-gap", "");
+            for location in &outcome.committed {
+                self.context.alarms.clear("location-hole", location.as_str());
+            }
         }
         let (timeline, gap_end) = self.behind;
         let timeline = timeline.or(self.wal.borrow().timeline);
@@ -201,6 +206,7 @@ impl KeeperTask {
             || !matches!(reason, Reason::Scheduled | Reason::CaughtUp);
         let request = SnapshotRequest { fast_checkpoint, reason };
         self.wait_for_a_later_name().await;
+        self.wait_for_the_slot().await;
         self.behind = (self.wal.borrow().timeline, self.wal.borrow().gap_end);
         self.update(|status| status.running = Some(SnapshotProgress::default()));
         let taken = tokio::select! {
@@ -220,6 +226,14 @@ impl KeeperTask {
             status.last_error = error;
         });
         taken
+    }
+
+    /// A snapshot's checkpoint removes WAL that no slot holds: at the first start the slot comes first. A server that
+    /// cannot be reached is the snapshot's to report.
+    async fn wait_for_the_slot(&self) {
+        let mut wal = self.wal.clone();
+        let streams = wal.wait_for(|wal| wal.connected);
+        let _ = tokio::time::timeout(SLOT_PATIENCE, streams).await;
     }
 
     /// Snapshots sort by the second in their names: a new one must not share it with the newest.

@@ -10,6 +10,8 @@ use backstay_common::location::Location;
 use backstay_common::lsn::{Lsn, LsnRange, covered_until};
 use backstay_common::name::{ObjectName, folder};
 use backstay_common::seal::Header;
+use backstay_common::snapshot::ManifestPlain;
+use backstay_common::snapshot::manifest::read_plain;
 use backstay_common::{Context, Error, Kind, Result};
 use bytes::Bytes;
 use std::sync::Arc;
@@ -26,6 +28,9 @@ pub fn spawn(path: &Arc<WalPath>, location: usize, branch: Branch, until: Lsn) {
         let name = path.context.writers[location].location().name().to_string();
         match filled {
             Ok(None) => path.context.alarms.clear("location-hole", &name),
+            Ok(Some(hole)) if is_closed(&path, location, hole).await => {
+                path.context.alarms.clear("location-hole", &name);
+            }
             Ok(Some(hole)) => {
                 let reason = format!("branch {branch}: no location has the WAL of {hole}");
                 path.context.alarms.raise("location-hole", &name, reason);
@@ -34,6 +39,20 @@ pub fn spawn(path: &Arc<WalPath>, location: usize, branch: Branch, until: Lsn) {
         }
         Ok(())
     });
+}
+
+/// True if the location has a snapshot that begins behind `hole`: nothing later needs it.
+async fn is_closed(path: &WalPath, location: usize, hole: LsnRange) -> bool {
+    let place = path.context.writers[location].location();
+    let newest = async {
+        let listed = place.list(&folder::snapshots(path.context.system)).await?;
+        let names = listed.into_iter().filter_map(|listed| listed.name);
+        let newest = names.filter(|name| matches!(name, ObjectName::Manifest { .. })).max();
+        let Some(name) = newest else { return Ok(None) };
+        Ok(Some(read_plain(&place.get(&name).await?, &name)?.1))
+    };
+    let newest: Result<Option<ManifestPlain>> = newest.await;
+    newest.is_ok_and(|plain| plain.is_some_and(|plain| plain.start >= hole.end))
 }
 
 /// Returns the first hole that is left.

@@ -257,14 +257,11 @@ impl Session {
 
     /// The first WAL that the server holds for us.
     async fn held_from(&self, flush: Lsn) -> Result<Lsn> {
-        let mut connection = self.connect(Mode::Sql).await?;
         let slot = literal(&self.path.context.settings.postgres.slot);
-        let sql = format!(
+        let asked = format!(
             "SELECT restart_lsn FROM pg_catalog.pg_replication_slots WHERE slot_name = {slot}"
         );
-        let rows = connection.query(&sql).await?;
-        connection.close().await;
-        let held = rows.first().and_then(|row| row.get(0)).and_then(|text| text.parse().ok());
+        let held = self.first_value(&asked).await?.and_then(|text| text.parse().ok());
         Ok(held.unwrap_or(flush))
     }
 
@@ -390,16 +387,36 @@ impl Session {
         Ok(identity)
     }
 
+    /// Makes the slot if it is not there, and anew if what it holds has been removed all the same: its room was
+    /// limited, or it was made while a checkpoint was under way that did not know of it.
     async fn ensure_slot(&self, connection: &mut Connection) -> Result<()> {
         let slot = &self.path.context.settings.postgres.slot;
         match connection.create_physical_slot(slot).await {
-            Err(error) if error.sqlstate() == Some(DUPLICATE_OBJECT) => Ok(()),
-            Ok(()) => {
+            Err(error) if error.sqlstate() == Some(DUPLICATE_OBJECT) => {}
+            created => {
                 tracing::info!(slot, "replication slot created");
-                Ok(())
+                return created;
             }
-            Err(error) => Err(error),
         }
+        let asked = format!(
+            "SELECT 1 FROM pg_catalog.pg_replication_slots \
+             WHERE slot_name = {} AND wal_status = 'lost' AND NOT active",
+            literal(slot)
+        );
+        if self.first_value(&asked).await?.is_none() {
+            return Ok(());
+        }
+        tracing::warn!(slot, "the WAL that the slot held is gone: it is made anew");
+        connection.drop_slot(slot).await?;
+        connection.create_physical_slot(slot).await
+    }
+
+    /// The first value of the first row of a query over a connection of its own.
+    async fn first_value(&self, sql: &str) -> Result<Option<String>> {
+        let mut connection = self.connect(Mode::Sql).await?;
+        let rows = connection.query(sql).await?;
+        connection.close().await;
+        Ok(rows.first().and_then(|row| row.get(0)).map(str::to_string))
     }
 
     fn complain(&self, error: &Error, failures: u32) {

@@ -56,6 +56,12 @@ impl Connection {
         self.command(&command).await.map(drop)
     }
 
+    /// Drops a slot that nobody streams from.
+    pub async fn drop_slot(&mut self, name: &str) -> Result<()> {
+        let command = format!("DROP_REPLICATION_SLOT {}", slot_name(name)?);
+        self.query(&command).await.map(drop)
+    }
+
     /// The value of a setting.
     pub async fn show(&mut self, name: &str) -> Result<String> {
         let row = self.command(&format!("SHOW {}", identifier(name))).await?;
