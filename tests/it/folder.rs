@@ -112,6 +112,17 @@ pub fn wal_without_holes(root: &Path) -> Result<BTreeMap<String, LsnRange>> {
     Ok(found)
 }
 
+/// A location's disk is unmounted: the folder goes elsewhere.
+pub fn unmount(location: &Path, away: &Path) -> Result<()> {
+    std::fs::rename(location, away).with_context(|| format!("move {}", location.display()))
+}
+
+/// It is mounted again. What a write under way has left in its place goes.
+pub fn mount_again(away: &Path, location: &Path) -> Result<()> {
+    let _ = std::fs::remove_dir_all(location);
+    std::fs::rename(away, location).with_context(|| format!("move to {}", location.display()))
+}
+
 /// The names of objects whose name contains this, in order.
 pub fn named(root: &Path, part: &str) -> Result<Vec<String>> {
     Ok(objects(root)?.into_keys().filter(|name| name.contains(part)).collect())

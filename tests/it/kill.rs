@@ -74,29 +74,41 @@ async fn no_alarm(site: &mut Site<'_>) -> Result<Value> {
     site.agent.wait_until("no alarm is raised", PATIENCE, well).await
 }
 
-/// The state directory is lost when the server has been told that the spool has what no location has. The agent goes
-/// back to what is stored, below what it had acknowledged, and there is no gap.
+/// The state directory is lost when the server has been told that the spool has what no location has, and has moved the
+/// slot on by more than a segment. The agent goes back to what is stored, below the slot, and there is no gap.
 async fn a_lost_state_directory(scene: &Scene, major: Major) -> Result<()> {
-    let cluster = Cluster::build(scene, &major).start().await?;
-    let configuration = configuration(scene, &cluster)?.acknowledge("spool").flush_interval("10m");
+    const SEGMENT: u64 = 16 << 20;
+    // The server keeps what the slot no longer asks for.
+    let cluster = Cluster::build(scene, &major).setting("wal_keep_size", "256MB").start().await?;
+    let configuration = configuration(scene, &cluster)?.acknowledge("spool");
     let mut site = Site::of(scene, cluster, configuration).await?;
+    let away = LOCATIONS.map(|name| scene.path(&format!("{name}.away")));
+    for (name, away) in LOCATIONS.iter().zip(&away) {
+        folder::unmount(&site.location(name), away)?;
+    }
+    for _ in 0..3 {
+        site.ledger.wait_for(30, PATIENCE).await?;
+        site.cluster.sql("SELECT pg_switch_wal()").await?;
+    }
     let ahead = |status: &Value| {
         let acknowledged = status["wal"]["acknowledged"].as_str().and_then(|lsn| lsn.parse().ok());
         let stored = stored(status).unwrap_or_default().into_iter().max();
-        acknowledged.zip(stored).is_some_and(|(a, s): (Lsn, Lsn)| a.get() > s.get() + 300_000)
+        acknowledged.zip(stored).is_some_and(|(a, s): (Lsn, Lsn)| a.get() > s.get() + 2 * SEGMENT)
     };
     site.agent.wait_until("the spool is ahead of the locations", PATIENCE, ahead).await?;
     site.agent.kill()?;
     let restart = site.cluster.value("SELECT restart_lsn FROM pg_replication_slots").await?;
     let restart: Lsn = restart.parse().context("the slot's position")?;
-    for name in LOCATIONS {
+    for (name, away) in LOCATIONS.iter().zip(&away) {
+        folder::mount_again(away, &site.location(name))?;
         let wal = folder::wal_without_holes(&site.location(name))?;
         let end = wal.values().map(|range| range.end).max().context("no WAL")?;
-        ensure!(end < restart, "nothing is at stake: {name} has {end}, the slot is at {restart}");
+        ensure!(
+            end.get() < restart.get() / SEGMENT * SEGMENT,
+            "nothing is at stake: {name} has {end}, the slot is at {restart}"
+        );
     }
     std::fs::remove_dir_all(site.deployment.state_dir())?;
-    site.configuration = site.configuration.clone().flush_interval("1s");
-    site.deployment.configure(&site.configuration)?;
     site.agent.restart().await?;
     site.ledger.wait_for(50, PATIENCE).await?;
     site.ledger.stop().await?;
@@ -110,6 +122,59 @@ async fn a_lost_state_directory(scene: &Scene, major: Major) -> Result<()> {
     site.judge(&restored, &Target::All).await.map(|_| ())
 }
 on_drawn_major!(a_lost_state_directory);
+
+/// The server drops WAL that the agent's slot held, because the agent was away for too long. The agent makes the slot anew,
+/// records the gap, raises the alarm until a snapshot has closed it, and every moment outside of the gap can be reached.
+async fn a_lost_slot(scene: &Scene, major: Major) -> Result<()> {
+    let cluster = Cluster::build(scene, &major)
+        .setting("max_slot_wal_keep_size", "16MB")
+        .setting("min_wal_size", "32MB")
+        .setting("max_wal_size", "48MB")
+        .start()
+        .await?;
+    let configuration = configuration(scene, &cluster)?;
+    let mut site = Site::of(scene, cluster, configuration).await?;
+    let first = site.first_snapshot().await?;
+    let session = site.cluster.connect().await?;
+    site.ledger.wait_for(50, PATIENCE).await?;
+    let before = site.ledger.moment(&session).await?;
+    site.ledger.wait_for(50, PATIENCE).await?;
+    site.all_stored().await?;
+    site.agent.kill()?;
+    for _ in 0..6 {
+        site.ledger.wait_for(20, PATIENCE).await?;
+        site.cluster.sql("SELECT pg_switch_wal()").await?;
+    }
+    let inside = site.ledger.moment(&session).await?;
+    site.cluster.sql("CHECKPOINT").await?;
+    let slot = "SELECT wal_status FROM pg_replication_slots";
+    ensure!(site.cluster.value(slot).await? == "lost", "nothing is at stake");
+    site.ledger.wait_for(20, PATIENCE).await?;
+
+    site.agent.restart().await?;
+    let another =
+        |status: &Value| has_snapshot(status) && status["snapshots"]["last"] != first.as_str();
+    site.agent.wait_until("a snapshot closes the gap", PATIENCE, another).await?;
+    no_alarm(&mut site).await?;
+    ensure!(site.agent.log().contains("wal-gap"), "the gap was no alarm");
+    ensure!(site.cluster.value(slot).await? == "reserved", "the slot holds nothing");
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    site.ledger.wait_for(50, PATIENCE).await?;
+    let after = site.ledger.moment(&session).await?;
+    site.ledger.wait_for(50, PATIENCE).await?;
+    site.ledger.stop().await?;
+    site.all_stored().await?;
+    let lost = site.deployment.backstay(&["plan", "--to", &inside.rfc3339]).await?;
+    lost.expect(3)?.says(&["WAL", "remedy"])?;
+    for (name, moment) in [("before", &before), ("after", &after)] {
+        let (restored, _) = site.restore_and_start(name, &moment.rfc3339, &[]).await?;
+        let judged = site.judge(&restored, &Target::Time(moment.micros)).await;
+        judged.with_context(|| format!("the moment {name} the gap"))?;
+    }
+    let (restored, _) = site.restore_and_start("latest", "latest", &[]).await?;
+    site.judge(&restored, &Target::All).await.map(|_| ())
+}
+on_drawn_major!(a_lost_slot);
 
 /// Server and agent die together, and a location with them. The other has all that had been acknowledged
 /// `flush-interval` and one PUT before.
@@ -150,6 +215,10 @@ async fn nothing_is_lost_when_commits_wait(scene: &Scene, major: Major) -> Resul
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
     site.ledger.wait_for(100, PATIENCE).await?;
+    // In the last second one location is away: what it lacks must not have been acknowledged.
+    let away = scene.path("away");
+    folder::unmount(&site.location("far"), &away)?;
+    tokio::time::sleep(Duration::from_secs(1)).await;
     // Commits under way when it became synchronous are over; from here on all wait.
     let safe = Instant::now() + Duration::from_secs(30);
     site.cluster.kill()?;
@@ -157,6 +226,7 @@ async fn nothing_is_lost_when_commits_wait(scene: &Scene, major: Major) -> Resul
     site.ledger.stop().await?;
     std::fs::remove_dir_all(site.cluster.data())?;
     std::fs::remove_dir_all(site.location("near"))?;
+    folder::mount_again(&away, &site.location("far"))?;
     std::fs::remove_dir_all(site.deployment.state_dir())?;
     let (restored, _) = site.restore_and_start("copy", "latest", &[]).await?;
     site.judge(&restored, &Target::Latest { acknowledged_until: safe }).await.map(|_| ())
