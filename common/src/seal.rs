@@ -221,15 +221,19 @@ impl Cipher {
     fn open(&self, number: u64, sealed: &[u8]) -> Option<Vec<u8>> {
         let (body, tag) = sealed.split_last_chunk::<TAG_BYTES>()?;
         let mut plain = body.to_vec();
-        self.aead
-            .decrypt_inout_detached(
-                &Cipher::nonce(number),
-                &self.associated(number),
-                plain.as_mut_slice().into(),
-                &Tag::from(*tag),
-            )
-            .ok()?;
-        Some(plain)
+        self.open_in_place(number, &mut plain, tag).then_some(plain)
+    }
+
+    /// False if the tag does not fit; `body` is then worth nothing.
+    fn open_in_place(&self, number: u64, body: &mut [u8], tag: &[u8; TAG_BYTES]) -> bool {
+        let (nonce, associated) = (Cipher::nonce(number), self.associated(number));
+        let opened = self.aead.decrypt_inout_detached(
+            &nonce,
+            &associated,
+            body.into(),
+            &Tag::from(*tag),
+        );
+        opened.is_ok()
     }
 }
 
@@ -286,15 +290,27 @@ impl Opener {
         sealed: &[u8],
         unpacker: &mut Unpacker,
     ) -> Result<Vec<u8>> {
+        self.frame_in(span, sealed, unpacker).map(<[u8]>::to_vec)
+    }
+
+    /// The same without a copy: the plain bytes lie in the unpacker's buffer, from a multiple of 4096 in memory on.
+    pub fn frame_in<'u>(
+        &self,
+        span: &FrameSpan,
+        sealed: &[u8],
+        unpacker: &'u mut Unpacker,
+    ) -> Result<&'u [u8]> {
         let corrupt = |reason: &str| {
             let name = &self.name;
             Error::new(Kind::Corrupt, format!("frame {} of object {name} {reason}", span.number))
         };
-        let packed = self
-            .cipher
-            .open(u64::from(span.number), sealed)
+        let (body, tag) = sealed
+            .split_last_chunk::<TAG_BYTES>()
             .ok_or_else(|| corrupt("fails its authentication tag"))?;
-        unpacker.unpack(packed, span).map_err(|reason| corrupt(&reason))
+        let number = u64::from(span.number);
+        unpacker
+            .unpack(span, body, |body| self.cipher.open_in_place(number, body, tag))
+            .map_err(|reason| corrupt(&reason))
     }
 }
 
@@ -353,7 +369,9 @@ impl Object {
         }
         let mut contents = Vec::with_capacity(total);
         for number in 0..self.spans.len() {
-            contents.extend_from_slice(&self.frame(number, &mut unpacker)?);
+            let span = &self.spans[number];
+            let sealed = &self.bytes[span.range()];
+            contents.extend_from_slice(self.opener.frame_in(span, sealed, &mut unpacker)?);
         }
         Ok(contents)
     }

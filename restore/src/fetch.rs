@@ -132,7 +132,7 @@ impl Packs {
     pub async fn process<J, F>(&self, chunk: Chunk<J>, work: Arc<F>) -> Result<()>
     where
         J: Send + Sync + 'static,
-        F: Fn(&J, Vec<u8>) -> Result<()> + Send + Sync + 'static,
+        F: Fn(&J, &[u8]) -> Result<()> + Send + Sync + 'static,
     {
         let Some((name, opener)) = self.openers.get(&chunk.pack) else {
             let reason = format!("pack {} is not in the manifest's list", chunk.pack);
@@ -179,7 +179,7 @@ impl Packs {
         let read = Arc::new(Mutex::new(read));
         let fill = {
             let read = read.clone();
-            Arc::new(move |places: &Vec<Place>, plain: Vec<u8>| fill(&read, places, &plain))
+            Arc::new(move |places: &Vec<Place>, plain: &[u8]| fill(&read, places, plain))
         };
         stream::iter(group(places).into_iter().map(Ok))
             .try_for_each_concurrent(IN_FLIGHT, |chunk| self.process(chunk, fill.clone()))
@@ -300,7 +300,7 @@ enum Opened {
     WorkFailed(Error),
 }
 
-fn open_frames<J, F: Fn(&J, Vec<u8>) -> Result<()>>(
+fn open_frames<J, F: Fn(&J, &[u8]) -> Result<()>>(
     chunk: &Chunk<J>,
     from: usize,
     bytes: &Bytes,
@@ -314,14 +314,14 @@ fn open_frames<J, F: Fn(&J, Vec<u8>) -> Result<()>>(
     for (at, (span, job)) in chunk.frames.iter().enumerate().skip(from) {
         let offset = (span.offset - start) as usize;
         let sealed = &bytes[offset..offset + span.sealed_bytes as usize];
-        let plain = UNPACKER.with_borrow_mut(|unpacker| opener.frame(span, sealed, unpacker));
-        match plain {
-            Err(error) => return Opened::Damaged { at, error },
-            Ok(plain) => {
-                if let Err(error) = work(job, plain) {
-                    return Opened::WorkFailed(error);
-                }
-            }
+        let opened = UNPACKER.with_borrow_mut(|unpacker| {
+            let plain = opener
+                .frame_in(span, sealed, unpacker)
+                .map_err(|error| Opened::Damaged { at, error })?;
+            work(job, plain).map_err(Opened::WorkFailed)
+        });
+        if let Err(stopped) = opened {
+            return stopped;
         }
     }
     Opened::All

@@ -11,6 +11,7 @@
 
 mod batch;
 mod kept;
+mod target;
 #[cfg(test)]
 pub(crate) mod tests;
 
@@ -24,10 +25,8 @@ use backstay_common::snapshot::{FileEntry, Manifest, TablePart};
 use backstay_common::{Context, Result};
 use batch::{Batch, Write};
 use futures::{StreamExt, TryStreamExt, stream};
-use rustix::fs::{Gid, Mode, OFlags, Uid};
 use std::collections::HashSet;
 use std::fs::File;
-use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
@@ -150,19 +149,11 @@ impl Materialize<'_> {
     }
 
     /// What each opened frame goes through.
-    fn writer(&self) -> Arc<impl Fn(&Vec<Write>, Vec<u8>) -> Result<()> + Send + Sync + 'static> {
-        let (owner, progress) = (self.owner, self.progress.clone());
-        Arc::new(move |writes: &Vec<Write>, plain: Vec<u8>| {
-            let mut last: Option<(&Path, File)> = None;
+    fn writer(&self) -> Arc<impl Fn(&Vec<Write>, &[u8]) -> Result<()> + Send + Sync + 'static> {
+        let progress = self.progress.clone();
+        Arc::new(move |writes: &Vec<Write>, plain: &[u8]| {
             for write in writes {
-                let bytes = part(&plain, write.at, write.bytes)?;
-                let doing = || format!("write {}", write.target.path.display());
-                let file = match last.take() {
-                    Some((path, file)) if path == write.target.path => file,
-                    _ => open_target(&write.target, owner)?,
-                };
-                file.write_all_at(bytes, write.offset).context(doing())?;
-                last = Some((&write.target.path, file));
+                write.target.write(part(plain, write.at, write.bytes)?, write.offset)?;
                 progress.advance(write.bytes);
             }
             Ok(())
@@ -219,22 +210,6 @@ struct State {
     control: Vec<FileEntry>,
     /// All files of the snapshot, when an earlier attempt's must be told from them.
     places: HashSet<PathBuf>,
-}
-
-/// Opens a file for writing, made if need be; a symbolic link in its place is an error.
-fn open_target(target: &batch::Target, owner: Owner) -> Result<File> {
-    let doing = || format!("open {}", target.path.display());
-    let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    let mode = Mode::from_raw_mode(target.mode & 0o777);
-    let file = rustix::fs::open(&target.path, flags, Mode::RUSR | Mode::WUSR);
-    let file = file.map_err(std::io::Error::from).context(doing())?;
-    rustix::fs::fchmod(&file, mode).map_err(std::io::Error::from).context(doing())?;
-    if crate::owner::is_root() {
-        let (uid, gid) = (Uid::from_raw(owner.uid), Gid::from_raw(owner.gid));
-        let given = rustix::fs::fchown(&file, Some(uid), Some(gid));
-        given.map_err(std::io::Error::from).context(doing())?;
-    }
-    Ok(File::from(file))
 }
 
 /// True for our own folder, which is no part of the cluster.

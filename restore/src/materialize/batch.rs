@@ -1,6 +1,6 @@
 //! Some files of the table, and the frames that they need.
 
-use super::open_target;
+use super::target::Target;
 use crate::fetch::{Chunk, Packs, group};
 use crate::layout::Layout;
 use crate::owner::Owner;
@@ -13,14 +13,6 @@ use std::sync::Arc;
 /// A batch is cut when its files have this many bytes, so that their maps stay small.
 const BATCH_BYTES: u64 = 16 << 30;
 const BATCH_FILES: usize = 10_000;
-
-/// Where bytes go.
-#[derive(Debug)]
-pub struct Target {
-    pub path: PathBuf,
-    /// Unix permission bits.
-    pub mode: u32,
-}
 
 /// `bytes` bytes from `at` on in a frame go to `offset` in a file.
 #[derive(Debug)]
@@ -66,15 +58,15 @@ impl Batch {
         let mut wanted = Vec::new();
         let mut mapped: Vec<(&BytesRef, Arc<Target>, u64)> = Vec::new();
         for file in &files {
-            let target =
-                Arc::new(Target { path: layout.resolve(&file.path)?, mode: file.mode & 0o777 });
+            let path = layout.resolve(&file.path)?;
             if file.kind == FileKind::Directory {
-                made.directory(&target.path, Some(target.mode))?;
+                made.directory(&path, Some(file.mode & 0o777))?;
                 continue;
             }
+            let target = Arc::new(Target::new(path, file.mode, file.size, owner));
             made.directory(target.path.parent().unwrap_or(layout.root()), None)?;
             match &file.content {
-                Content::Empty if file.size == 0 => drop(open_target(&target, owner)?),
+                Content::Empty if file.size == 0 => target.make()?,
                 Content::Empty => return Err(without_content(file)),
                 Content::Within { frame, at } => {
                     wanted.push((*frame, Write { target, offset: 0, at: *at, bytes: file.size }));

@@ -1,0 +1,114 @@
+//! One file on its way to the disk.
+//!
+//! What always holds: a file is made new, under its own name, with its owner, mode and final size before the first byte of it is
+//! written, so whatever was not written reads as zeros; nothing is written through a symbolic link. Large parts
+//! bypass the page cache: the disk works from the first frame on, and what the host has cached stays. Nothing is on disk for
+//! sure before the file system is synced.
+
+use crate::owner::{Owner, is_root};
+use backstay_common::{Context, Result};
+use rustix::fs::{FallocateFlags, Gid, Mode, OFlags, Uid};
+use rustix::io::Errno;
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::path::PathBuf;
+use std::sync::Mutex;
+
+/// What direct I/O asks of addresses, offsets and lengths, on any disk.
+const DIRECT_ALIGNMENT: usize = 4096;
+/// Smaller parts go through the page cache, which gathers them.
+const DIRECT_BYTES_MIN: usize = 64 << 10;
+
+/// Where bytes go.
+#[derive(Debug)]
+pub struct Target {
+    pub path: PathBuf,
+    /// Unix permission bits.
+    mode: u32,
+    /// Bytes.
+    size: u64,
+    owner: Owner,
+    is_made: Mutex<bool>,
+}
+
+impl Target {
+    pub fn new(path: PathBuf, mode: u32, size: u64, owner: Owner) -> Target {
+        Target { path, mode: mode & 0o777, size, owner, is_made: Mutex::new(false) }
+    }
+
+    /// Makes the file, once. One that is there already is an error.
+    pub fn make(&self) -> Result<()> {
+        let mut is_made = self.is_made.lock().expect("no panic while held");
+        if !*is_made {
+            self.make_new().context(self.doing("make"))?;
+            *is_made = true;
+        }
+        Ok(())
+    }
+
+    fn make_new(&self) -> std::io::Result<()> {
+        let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
+        let file = rustix::fs::open(&self.path, flags, Mode::RUSR | Mode::WUSR)?;
+        rustix::fs::fchmod(&file, Mode::from_raw_mode(self.mode))?;
+        if is_root() {
+            let (uid, gid) = (Uid::from_raw(self.owner.uid), Gid::from_raw(self.owner.gid));
+            rustix::fs::fchown(&file, Some(uid), Some(gid))?;
+        }
+        if self.size > 0 {
+            match rustix::fs::fallocate(&file, FallocateFlags::empty(), 0, self.size) {
+                // Not every file system can; then the file is sparse until it is written.
+                Err(Errno::OPNOTSUPP | Errno::NOSYS | Errno::INVAL) => {
+                    rustix::fs::ftruncate(&file, self.size)?;
+                }
+                result => result?,
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes `bytes` at `offset`. Zeros are there already. Blocks.
+    pub fn write(&self, bytes: &[u8], offset: u64) -> Result<()> {
+        self.make()?;
+        if is_zero(bytes) {
+            return Ok(());
+        }
+        if is_direct(bytes, offset) && self.write_direct(bytes, offset).context(self.doing("write"))? {
+            return Ok(());
+        }
+        let file = self.open(OFlags::empty()).context(self.doing("open"))?;
+        file.write_all_at(bytes, offset).context(self.doing("write"))
+    }
+
+    /// False if this file system or this disk wants it through the page cache.
+    fn write_direct(&self, bytes: &[u8], offset: u64) -> std::io::Result<bool> {
+        let is_refused = |error: &std::io::Error| error.kind() == std::io::ErrorKind::InvalidInput;
+        match self.open(OFlags::DIRECT).and_then(|file| file.write_all_at(bytes, offset)) {
+            Ok(()) => Ok(true),
+            Err(error) if is_refused(&error) => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+
+    fn open(&self, more: OFlags) -> std::io::Result<File> {
+        let flags = OFlags::WRONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC | more;
+        Ok(File::from(rustix::fs::open(&self.path, flags, Mode::empty())?))
+    }
+
+    fn doing(&self, what: &'static str) -> String {
+        format!("{what} {}", self.path.display())
+    }
+}
+
+fn is_direct(bytes: &[u8], offset: u64) -> bool {
+    let is_aligned = |n: usize| n.is_multiple_of(DIRECT_ALIGNMENT);
+    bytes.len() >= DIRECT_BYTES_MIN
+        && is_aligned(bytes.len())
+        && is_aligned(bytes.as_ptr().addr())
+        && offset.is_multiple_of(DIRECT_ALIGNMENT as u64)
+}
+
+fn is_zero(bytes: &[u8]) -> bool {
+    // Most pages differ from zero in their first bytes; a chunk at a time is compared as fast as memory is.
+    static ZEROS: [u8; 4096] = [0; 4096];
+    bytes.chunks(ZEROS.len()).all(|chunk| *chunk == ZEROS[..chunk.len()])
+}
