@@ -227,12 +227,8 @@ impl Cipher {
     /// False if the tag does not fit; `body` is then worth nothing.
     fn open_in_place(&self, number: u64, body: &mut [u8], tag: &[u8; TAG_BYTES]) -> bool {
         let (nonce, associated) = (Cipher::nonce(number), self.associated(number));
-        let opened = self.aead.decrypt_inout_detached(
-            &nonce,
-            &associated,
-            body.into(),
-            &Tag::from(*tag),
-        );
+        let opened =
+            self.aead.decrypt_inout_detached(&nonce, &associated, body.into(), &Tag::from(*tag));
         opened.is_ok()
     }
 }

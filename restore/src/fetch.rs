@@ -26,6 +26,8 @@ use std::sync::{Arc, Mutex};
 pub const IN_FLIGHT: usize = 8;
 /// A request asks for at most this many bytes, unless one frame is larger.
 const CHUNK_BYTES: u64 = 8 << 20;
+/// And for frames of no more bytes than this when they are opened, so that the last requests are shared out evenly.
+const CHUNK_PLAIN_BYTES: u64 = 64 << 20;
 /// Bytes between two wanted frames that are read along rather than asked for with another request.
 const GAP_BYTES: u64 = 256 << 10;
 
@@ -53,20 +55,37 @@ pub fn group<W>(wanted: impl IntoIterator<Item = (FrameRef, W)>) -> Vec<Chunk<Ve
         frames.entry(key).or_insert_with(|| (frame.span, Vec::new())).1.push(want);
     }
     let mut chunks: Vec<Chunk<Vec<W>>> = Vec::new();
+    let mut room = Room::default();
     for ((pack, ..), (span, wants)) in frames {
         match chunks.last_mut() {
-            Some(chunk) if chunk.pack == pack && joins(&chunk.range(), &span) => {
+            Some(chunk) if chunk.pack == pack && room.takes(&span) => {
                 chunk.frames.push((span, wants));
             }
-            _ => chunks.push(Chunk { pack, frames: vec![(span, wants)] }),
+            _ => {
+                room = Room { start: span.offset, ..Room::default() };
+                chunks.push(Chunk { pack, frames: vec![(span, wants)] });
+            }
         }
+        room.end = room.end.max(span.offset + u64::from(span.sealed_bytes));
+        room.plain_bytes += u64::from(span.plain_bytes);
     }
     chunks
 }
 
-fn joins(range: &Range<u64>, span: &FrameSpan) -> bool {
-    let end = span.offset + u64::from(span.sealed_bytes);
-    span.offset <= range.end + GAP_BYTES && end - range.start <= CHUNK_BYTES
+/// What a request holds so far.
+#[derive(Debug, Default)]
+struct Room {
+    start: u64,
+    end: u64,
+    plain_bytes: u64,
+}
+
+impl Room {
+    fn takes(&self, span: &FrameSpan) -> bool {
+        span.offset <= self.end + GAP_BYTES
+            && span.offset + u64::from(span.sealed_bytes) - self.start <= CHUNK_BYTES
+            && self.plain_bytes + u64::from(span.plain_bytes) <= CHUNK_PLAIN_BYTES
+    }
 }
 
 /// A location, and how it has done so far.
@@ -127,7 +146,7 @@ impl Packs {
         Ok(Packs { sources: locations.iter().map(source).collect(), openers })
     }
 
-    /// Reads, checks and opens the frames of `chunk`, and gives each to `work`, which runs on the codec pool. A fault of
+    /// Reads, checks and opens the frames of `chunk`, and gives each to `work`, which runs on a pool and may wait for a disk. A fault of
     /// `work` ends it. Not to be dropped before its end, unless `work` may still run for a moment.
     pub async fn process<J, F>(&self, chunk: Chunk<J>, work: Arc<F>) -> Result<()>
     where
@@ -151,7 +170,9 @@ impl Packs {
             };
             source.bytes.fetch_add(bytes.len() as u64, Ordering::Relaxed);
             let (chunk, opener, work) = (chunk.clone(), opener.clone(), work.clone());
-            match pool::run(move || open_frames(&chunk, done, &bytes, &opener, &*work)).await? {
+            match pool::run_on_disk(move || open_frames(&chunk, done, &bytes, &opener, &*work))
+                .await?
+            {
                 Opened::All => return Ok(()),
                 Opened::Damaged { at, error } => {
                     done = at;
@@ -391,6 +412,13 @@ mod tests {
         let chunks = group(wanted);
         assert_eq!(chunks.len(), 8);
         assert!(chunks.iter().all(|c| c.range().end - c.range().start <= CHUNK_BYTES));
+    }
+
+    #[test]
+    fn requests_for_what_compresses_well_are_bounded_too() {
+        let chunks = group((0..200).map(|n| (frame(1, n, u64::from(n) * 1000, 1000), ())));
+        let frames: Vec<usize> = chunks.iter().map(|chunk| chunk.frames.len()).collect();
+        assert_eq!(frames, [64, 64, 64, 8], "64 MiB each");
     }
 
     #[test]

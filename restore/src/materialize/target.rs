@@ -72,7 +72,9 @@ impl Target {
         if is_zero(bytes) {
             return Ok(());
         }
-        if is_direct(bytes, offset) && self.write_direct(bytes, offset).context(self.doing("write"))? {
+        if is_direct(bytes, offset)
+            && self.write_direct(bytes, offset).context(self.doing("write"))?
+        {
             return Ok(());
         }
         let file = self.open(OFlags::empty()).context(self.doing("open"))?;
@@ -111,4 +113,64 @@ fn is_zero(bytes: &[u8]) -> bool {
     // Most pages differ from zero in their first bytes; a chunk at a time is compared as fast as memory is.
     static ZEROS: [u8; 4096] = [0; 4096];
     bytes.chunks(ZEROS.len()).all(|chunk| *chunk == ZEROS[..chunk.len()])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::{MetadataExt, PermissionsExt};
+
+    /// Bytes at an address that direct I/O takes.
+    fn aligned(bytes: usize, room: &mut Vec<u8>) -> &mut [u8] {
+        *room = vec![7; bytes + DIRECT_ALIGNMENT];
+        let start = room.as_ptr().align_offset(DIRECT_ALIGNMENT);
+        &mut room[start..start + bytes]
+    }
+
+    #[test]
+    fn whatever_way_the_parts_go_the_file_is_whole() {
+        let folder = tempfile::tempdir().unwrap();
+        let (page, big) = (8192, 128 * 1024);
+        let size = 2 * big + page + 100;
+        let path = folder.path().join("file");
+        let target = Target::new(path.clone(), 0o640, size as u64, Owner::of_process());
+        let mut room = Vec::new();
+        let bytes = aligned(size, &mut room);
+        for (at, byte) in bytes.iter_mut().enumerate() {
+            *byte = (at / 100) as u8;
+        }
+        bytes[big..2 * big].fill(0);
+        assert!(is_direct(&bytes[..big], 0) && !is_direct(&bytes[1..], 0));
+        assert!(!is_direct(&bytes[..page], 0) && !is_direct(&bytes[..big], 512));
+        // The last first, and the middle not aligned in memory.
+        target.write(&bytes[2 * big..], 2 * big as u64).unwrap();
+        target.write(&bytes[big - page..2 * big], (big - page) as u64).unwrap();
+        target.write(&bytes[..big], 0).unwrap();
+        assert!(std::fs::read(&path).unwrap() == bytes);
+        assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o640);
+    }
+
+    #[test]
+    fn zeros_are_not_written_and_are_there() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("file");
+        let target = Target::new(path.clone(), 0o600, 1 << 20, Owner::of_process());
+        target.write(&vec![0; 1 << 20], 0).unwrap();
+        assert!(std::fs::read(&path).unwrap() == vec![0; 1 << 20]);
+        assert!(std::fs::metadata(&path).unwrap().size() == 1 << 20);
+    }
+
+    #[test]
+    fn nothing_is_written_over_and_no_link_is_followed() {
+        let folder = tempfile::tempdir().unwrap();
+        let precious = folder.path().join("precious");
+        std::fs::write(&precious, b"precious").unwrap();
+        let link = folder.path().join("link");
+        std::os::unix::fs::symlink(&precious, &link).unwrap();
+        for path in [precious.clone(), link] {
+            let target = Target::new(path, 0o600, 4, Owner::of_process());
+            assert!(target.write(b"evil", 0).is_err());
+        }
+        assert_eq!(std::fs::read(&precious).unwrap(), b"precious");
+    }
 }

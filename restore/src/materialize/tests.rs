@@ -404,11 +404,3 @@ async fn a_path_that_leads_out_is_refused() {
     assert_eq!(refused.unwrap_err().kind(), Kind::Corrupt);
     assert!(!stored.folder.path().join("escaped").exists());
 }
-
-#[test]
-fn a_link_in_the_place_of_a_file_is_not_followed() {
-    let folder = tempfile::tempdir().unwrap();
-    std::os::unix::fs::symlink("/etc/hostname", folder.path().join("link")).unwrap();
-    let target = batch::Target { path: folder.path().join("link"), mode: 0o600 };
-    assert!(open_target(&target, Owner::of_process()).is_err());
-}
