@@ -44,6 +44,8 @@ pub const OBJECT_BYTES_MAX: usize = 64 << 20;
 pub const CONTENTS_BYTES_MAX: usize = 64 << 20;
 /// Bytes of the footer's length, before the trailer.
 const FOOTER_LENGTH_BYTES: usize = 4;
+/// What follows the sealed footer: its length, and the trailer.
+pub const TAIL_BYTES: usize = FOOTER_LENGTH_BYTES + TRAILER_BYTES;
 /// What stands for the footer where frames have their number.
 const FOOTER_NUMBER: u64 = u64::MAX;
 
@@ -371,6 +373,34 @@ impl Object {
         }
         Ok(contents)
     }
+}
+
+impl Opener {
+    /// The kind's own metadata, out of the object's sealed footer. `frames_start` is where the object's header ends,
+    /// `footer_start` where the sealed footer begins.
+    pub fn footer_meta(
+        &self,
+        sealed: &[u8],
+        frames_start: u64,
+        footer_start: u64,
+    ) -> Result<Vec<u8>> {
+        let corrupt = |reason| {
+            let name = &self.name;
+            Error::new(Kind::Corrupt, format!("object {name}: its footer {reason}"))
+        };
+        let footer = (self.cipher.open(FOOTER_NUMBER, sealed))
+            .ok_or_else(|| corrupt("fails its authentication tag"))?;
+        let (_, meta) = decode_footer(&footer, frames_start, footer_start)
+            .ok_or_else(|| corrupt("does not describe its frames"))?;
+        Ok(meta)
+    }
+}
+
+/// Where the sealed footer of an object of `size` bytes lies, by its last [`TAIL_BYTES`]. None of it has been checked.
+pub fn footer_place(tail: &[u8; TAIL_BYTES], size: u64) -> Option<std::ops::Range<u64>> {
+    let length = u32::from_le_bytes(*tail.first_chunk()?);
+    let end = size.checked_sub(TAIL_BYTES as u64)?;
+    Some(end.checked_sub(u64::from(length))?..end)
 }
 
 /// Where the sealed footer lies.

@@ -4,6 +4,10 @@
 //! their authentication tag, is passed over for the next one, object by object; only when none is left does a read
 //! fail, and then it names the object and what each location said.
 
+mod hashes;
+
+pub use hashes::{FrameHashes, FrameKey};
+
 use backstay_common::id::{EpochId, ObjectId, SnapshotId, SystemId};
 use backstay_common::keys::{Epoch, Keyring};
 use backstay_common::location::Location;
@@ -100,7 +104,18 @@ struct Source {
 #[derive(Debug)]
 pub struct Packs {
     sources: Vec<Source>,
-    openers: HashMap<ObjectId, (ObjectName, Arc<Opener>)>,
+    packs: HashMap<ObjectId, Pack>,
+}
+
+/// One pack, and what opening it takes.
+#[derive(Debug)]
+struct Pack {
+    name: ObjectName,
+    opener: Arc<Opener>,
+    /// Bytes of the object.
+    size: u64,
+    /// Bytes before its first frame.
+    header_bytes: u64,
 }
 
 /// How many bytes each location gave.
@@ -125,7 +140,7 @@ impl Packs {
         epochs: &[Arc<Epoch>],
         plain: &ManifestPlain,
     ) -> Result<Packs> {
-        let mut openers = HashMap::with_capacity(plain.packs.len());
+        let mut packs = HashMap::with_capacity(plain.packs.len());
         for entry in &plain.packs {
             let bad = || {
                 Error::new(
@@ -135,15 +150,20 @@ impl Packs {
             };
             let header = entry.header(plain).ok_or_else(bad)?;
             let epoch = epochs.get(entry.epoch as usize).ok_or_else(bad)?;
-            let opener = Arc::new(Opener::new(&header, epoch)?);
-            openers.insert(entry.id(), (header.name().clone(), opener));
+            let pack = Pack {
+                name: header.name().clone(),
+                opener: Arc::new(Opener::new(&header, epoch)?),
+                size: entry.size,
+                header_bytes: header.len() as u64,
+            };
+            packs.insert(entry.id(), pack);
         }
         let source = |location: &Location| Source {
             location: location.clone(),
             failures: AtomicU64::new(0),
             bytes: AtomicU64::new(0),
         };
-        Ok(Packs { sources: locations.iter().map(source).collect(), openers })
+        Ok(Packs { sources: locations.iter().map(source).collect(), packs })
     }
 
     /// Reads, checks and opens the frames of `chunk`, and gives each to `work`, which runs on a pool and may wait for a disk. A fault of
@@ -153,10 +173,7 @@ impl Packs {
         J: Send + Sync + 'static,
         F: Fn(&J, &[u8]) -> Result<()> + Send + Sync + 'static,
     {
-        let Some((name, opener)) = self.openers.get(&chunk.pack) else {
-            let reason = format!("pack {} is not in the manifest's list", chunk.pack);
-            return Err(Error::new(Kind::Corrupt, reason));
-        };
+        let Pack { name, opener, .. } = self.pack(chunk.pack)?;
         let chunk = Arc::new(chunk);
         let mut done = 0;
         let mut refusals = Vec::new();
@@ -182,6 +199,12 @@ impl Packs {
             }
         }
         Err(nowhere(name, refusals))
+    }
+
+    fn pack(&self, id: ObjectId) -> Result<&Pack> {
+        self.packs.get(&id).ok_or_else(|| {
+            Error::new(Kind::Corrupt, format!("pack {id} is not in the manifest's list"))
+        })
     }
 
     /// The plain bytes of each of `wanted`.

@@ -1,15 +1,16 @@
 //! One file on its way to the disk.
 //!
-//! What always holds: a file is made new, under its own name, with its owner, mode and final size before the first byte of it is
-//! written, so whatever was not written reads as zeros; nothing is written through a symbolic link. Large parts
-//! bypass the page cache: the disk works from the first frame on, and what the host has cached stays. Nothing is on disk for
-//! sure before the file system is synced.
+//! What always holds: a file has its own name, owner, mode and final size before the first byte of it is written; one that is made
+//! new reads as zeros until then, one that was there keeps its pages. Nothing is written through a symbolic link. Large
+//! parts bypass the page cache: the disk works from the first frame on, and what the host has cached stays. Nothing is on
+//! disk for sure before the file system is synced.
 
 use crate::owner::{Owner, is_root};
 use backstay_common::{Context, Result};
 use rustix::fs::{FallocateFlags, Gid, Mode, OFlags, Uid};
 use rustix::io::Errno;
 use std::fs::File;
+use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 use std::sync::Mutex;
@@ -28,32 +29,47 @@ pub struct Target {
     /// Bytes.
     size: u64,
     owner: Owner,
+    /// True if it is there, and some of it is right.
+    is_there: bool,
     is_made: Mutex<bool>,
 }
 
 impl Target {
+    /// A file that is made new.
     pub fn new(path: PathBuf, mode: u32, size: u64, owner: Owner) -> Target {
-        Target { path, mode: mode & 0o777, size, owner, is_made: Mutex::new(false) }
+        let mode = mode & 0o777;
+        Target { path, mode, size, owner, is_there: false, is_made: Mutex::new(false) }
     }
 
-    /// Makes the file, once. One that is there already is an error.
+    /// A file that is there, of which some pages are to be kept.
+    pub fn existing(path: PathBuf, mode: u32, size: u64, owner: Owner) -> Target {
+        Target { is_there: true, ..Target::new(path, mode, size, owner) }
+    }
+
+    /// Makes the file, once, or gives the one that is there its size and attributes. Where none is expected, one that is there
+    /// is an error.
     pub fn make(&self) -> Result<()> {
         let mut is_made = self.is_made.lock().expect("no panic while held");
         if !*is_made {
-            self.make_new().context(self.doing("make"))?;
+            match self.is_there {
+                true => self.adopt().context(self.doing("change"))?,
+                false => self.make_new().context(self.doing("make"))?,
+            }
             *is_made = true;
         }
         Ok(())
     }
 
+    fn adopt(&self) -> std::io::Result<()> {
+        let file = self.open(OFlags::empty())?;
+        self.attribute(&file)?;
+        file.set_len(self.size)
+    }
+
     fn make_new(&self) -> std::io::Result<()> {
         let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
         let file = rustix::fs::open(&self.path, flags, Mode::RUSR | Mode::WUSR)?;
-        rustix::fs::fchmod(&file, Mode::from_raw_mode(self.mode))?;
-        if is_root() {
-            let (uid, gid) = (Uid::from_raw(self.owner.uid), Gid::from_raw(self.owner.gid));
-            rustix::fs::fchown(&file, Some(uid), Some(gid))?;
-        }
+        self.attribute(&file)?;
         if self.size > 0 {
             match rustix::fs::fallocate(&file, FallocateFlags::empty(), 0, self.size) {
                 // Not every file system can; then the file is sparse until it is written.
@@ -66,19 +82,18 @@ impl Target {
         Ok(())
     }
 
-    /// Writes `bytes` at `offset`. Zeros are there already. Blocks.
-    pub fn write(&self, bytes: &[u8], offset: u64) -> Result<()> {
-        self.make()?;
-        if is_zero(bytes) {
-            return Ok(());
+    fn attribute(&self, file: impl AsFd) -> std::io::Result<()> {
+        rustix::fs::fchmod(&file, Mode::from_raw_mode(self.mode))?;
+        if is_root() {
+            let (uid, gid) = (Uid::from_raw(self.owner.uid), Gid::from_raw(self.owner.gid));
+            rustix::fs::fchown(&file, Some(uid), Some(gid))?;
         }
-        if is_direct(bytes, offset)
-            && self.write_direct(bytes, offset).context(self.doing("write"))?
-        {
-            return Ok(());
-        }
-        let file = self.open(OFlags::empty()).context(self.doing("open"))?;
-        file.write_all_at(bytes, offset).context(self.doing("write"))
+        Ok(())
+    }
+
+    /// A handle for parts that follow each other.
+    pub fn pen(&self) -> Pen<'_> {
+        Pen { target: self, file: None }
     }
 
     /// False if this file system or this disk wants it through the page cache.
@@ -98,6 +113,33 @@ impl Target {
 
     fn doing(&self, what: &'static str) -> String {
         format!("{what} {}", self.path.display())
+    }
+}
+
+/// Writes parts of one file. What goes through the page cache shares one handle.
+#[derive(Debug)]
+pub struct Pen<'a> {
+    pub target: &'a Target,
+    file: Option<File>,
+}
+
+impl Pen<'_> {
+    /// Writes `bytes` at `offset`. Blocks.
+    pub fn write(&mut self, bytes: &[u8], offset: u64) -> Result<()> {
+        let target = self.target;
+        target.make()?;
+        if !target.is_there && is_zero(bytes) {
+            return Ok(());
+        }
+        let doing = || target.doing("write");
+        if is_direct(bytes, offset) && target.write_direct(bytes, offset).context(doing())? {
+            return Ok(());
+        }
+        let file = match self.file.take() {
+            Some(file) => file,
+            None => target.open(OFlags::empty()).context(doing())?,
+        };
+        self.file.insert(file).write_all_at(bytes, offset).context(doing())
     }
 }
 
@@ -143,9 +185,9 @@ mod tests {
         assert!(is_direct(&bytes[..big], 0) && !is_direct(&bytes[1..], 0));
         assert!(!is_direct(&bytes[..page], 0) && !is_direct(&bytes[..big], 512));
         // The last first, and the middle not aligned in memory.
-        target.write(&bytes[2 * big..], 2 * big as u64).unwrap();
-        target.write(&bytes[big - page..2 * big], (big - page) as u64).unwrap();
-        target.write(&bytes[..big], 0).unwrap();
+        target.pen().write(&bytes[2 * big..], 2 * big as u64).unwrap();
+        target.pen().write(&bytes[big - page..2 * big], (big - page) as u64).unwrap();
+        target.pen().write(&bytes[..big], 0).unwrap();
         assert!(std::fs::read(&path).unwrap() == bytes);
         assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o640);
     }
@@ -155,7 +197,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("file");
         let target = Target::new(path.clone(), 0o600, 1 << 20, Owner::of_process());
-        target.write(&vec![0; 1 << 20], 0).unwrap();
+        target.pen().write(&vec![0; 1 << 20], 0).unwrap();
         assert!(std::fs::read(&path).unwrap() == vec![0; 1 << 20]);
         assert!(std::fs::metadata(&path).unwrap().size() == 1 << 20);
     }
@@ -169,7 +211,7 @@ mod tests {
         std::os::unix::fs::symlink(&precious, &link).unwrap();
         for path in [precious.clone(), link] {
             let target = Target::new(path, 0o600, 4, Owner::of_process());
-            assert!(target.write(b"evil", 0).is_err());
+            assert!(target.pen().write(b"evil", 0).is_err());
         }
         assert_eq!(std::fs::read(&precious).unwrap(), b"precious");
     }
