@@ -44,6 +44,8 @@ pub const OBJECT_BYTES_MAX: usize = 64 << 20;
 pub const CONTENTS_BYTES_MAX: usize = 64 << 20;
 /// Bytes of the footer's length, before the trailer.
 const FOOTER_LENGTH_BYTES: usize = 4;
+/// What follows the sealed footer: its length, and the trailer.
+pub const TAIL_BYTES: usize = FOOTER_LENGTH_BYTES + TRAILER_BYTES;
 /// What stands for the footer where frames have their number.
 const FOOTER_NUMBER: u64 = u64::MAX;
 
@@ -221,15 +223,15 @@ impl Cipher {
     fn open(&self, number: u64, sealed: &[u8]) -> Option<Vec<u8>> {
         let (body, tag) = sealed.split_last_chunk::<TAG_BYTES>()?;
         let mut plain = body.to_vec();
-        self.aead
-            .decrypt_inout_detached(
-                &Cipher::nonce(number),
-                &self.associated(number),
-                plain.as_mut_slice().into(),
-                &Tag::from(*tag),
-            )
-            .ok()?;
-        Some(plain)
+        self.open_in_place(number, &mut plain, tag).then_some(plain)
+    }
+
+    /// False if the tag does not fit; `body` is then worth nothing.
+    fn open_in_place(&self, number: u64, body: &mut [u8], tag: &[u8; TAG_BYTES]) -> bool {
+        let (nonce, associated) = (Cipher::nonce(number), self.associated(number));
+        let opened =
+            self.aead.decrypt_inout_detached(&nonce, &associated, body.into(), &Tag::from(*tag));
+        opened.is_ok()
     }
 }
 
@@ -286,15 +288,27 @@ impl Opener {
         sealed: &[u8],
         unpacker: &mut Unpacker,
     ) -> Result<Vec<u8>> {
+        self.frame_in(span, sealed, unpacker).map(<[u8]>::to_vec)
+    }
+
+    /// The same without a copy: the plain bytes lie in the unpacker's buffer, from a multiple of 4096 in memory on.
+    pub fn frame_in<'u>(
+        &self,
+        span: &FrameSpan,
+        sealed: &[u8],
+        unpacker: &'u mut Unpacker,
+    ) -> Result<&'u [u8]> {
         let corrupt = |reason: &str| {
             let name = &self.name;
             Error::new(Kind::Corrupt, format!("frame {} of object {name} {reason}", span.number))
         };
-        let packed = self
-            .cipher
-            .open(u64::from(span.number), sealed)
+        let (body, tag) = sealed
+            .split_last_chunk::<TAG_BYTES>()
             .ok_or_else(|| corrupt("fails its authentication tag"))?;
-        unpacker.unpack(packed, span).map_err(|reason| corrupt(&reason))
+        let number = u64::from(span.number);
+        unpacker
+            .unpack(span, body, |body| self.cipher.open_in_place(number, body, tag))
+            .map_err(|reason| corrupt(&reason))
     }
 }
 
@@ -353,10 +367,40 @@ impl Object {
         }
         let mut contents = Vec::with_capacity(total);
         for number in 0..self.spans.len() {
-            contents.extend_from_slice(&self.frame(number, &mut unpacker)?);
+            let span = &self.spans[number];
+            let sealed = &self.bytes[span.range()];
+            contents.extend_from_slice(self.opener.frame_in(span, sealed, &mut unpacker)?);
         }
         Ok(contents)
     }
+}
+
+impl Opener {
+    /// The kind's own metadata, out of the object's sealed footer. `frames_start` is where the object's header ends,
+    /// `footer_start` where the sealed footer begins.
+    pub fn footer_meta(
+        &self,
+        sealed: &[u8],
+        frames_start: u64,
+        footer_start: u64,
+    ) -> Result<Vec<u8>> {
+        let corrupt = |reason| {
+            let name = &self.name;
+            Error::new(Kind::Corrupt, format!("object {name}: its footer {reason}"))
+        };
+        let footer = (self.cipher.open(FOOTER_NUMBER, sealed))
+            .ok_or_else(|| corrupt("fails its authentication tag"))?;
+        let (_, meta) = decode_footer(&footer, frames_start, footer_start)
+            .ok_or_else(|| corrupt("does not describe its frames"))?;
+        Ok(meta)
+    }
+}
+
+/// Where the sealed footer of an object of `size` bytes lies, by its last [`TAIL_BYTES`]. None of it has been checked.
+pub fn footer_place(tail: &[u8; TAIL_BYTES], size: u64) -> Option<std::ops::Range<u64>> {
+    let length = u32::from_le_bytes(*tail.first_chunk()?);
+    let end = size.checked_sub(TAIL_BYTES as u64)?;
+    Some(end.checked_sub(u64::from(length))?..end)
 }
 
 /// Where the sealed footer lies.

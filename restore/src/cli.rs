@@ -96,9 +96,12 @@ pub struct PlanArgs {
 pub struct RestoreArgs {
     #[command(flatten)]
     pub plan: PlanArgs,
-    /// The directory to restore into: new or empty
+    /// The directory to restore into: new or empty, or with --delta the cluster's own
     #[arg(long, value_name = "DIR")]
     pub into: PathBuf,
+    /// Restore over the stopped cluster's own directory: fetch only pages that differ, remove PostgreSQL files that are too many
+    #[arg(long, conflicts_with = "force")]
+    pub delta: bool,
     /// Start PostgreSQL, replay, promote and open
     #[arg(long)]
     pub start: bool,
@@ -216,6 +219,7 @@ impl RestoreArgs {
             dir: resolved(&self.into)?,
             start: self.start,
             force: self.force,
+            delta: self.delta,
             owner: self.owner.clone(),
             port: self.port,
             pg_bin: self.pg_bin.as_deref().map(absolute).transpose()?,

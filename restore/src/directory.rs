@@ -1,16 +1,18 @@
 //! The target directory: may it be used, and what is done to what is in it.
 //!
-//! What always holds: nothing that is there is deleted, unless an unfinished restore of the same cluster left it; a running
-//! cluster's directory is never touched. While a restore runs, `backstay-restore/incomplete` says so, and a lock on
+//! What always holds: nothing that is there is deleted, unless an unfinished restore of the same cluster left it or the
+//! operator has asked to restore over this very cluster (`--delta`); a running cluster's directory is never touched. While a restore runs, `backstay-restore/incomplete` says so, and a lock on
 //! `backstay-restore/lock` is held; the mark is the first thing written and the last removed.
 
 use crate::layout::TABLESPACES;
+use crate::materialize::Existing;
 use crate::owner::Owner;
 use backstay_common::id::{ClusterName, SnapshotId, SystemId};
-use backstay_common::{Context, Error, Kind, Result};
+use backstay_common::{Context, Error, Kind, Result, control};
 use rustix::fs::FlockOperation;
 use rustix::process::{Pid, Signal};
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::{Path, PathBuf};
@@ -30,6 +32,9 @@ pub struct Mark {
     pub target: String,
     /// Tablespace directories outside the target directory.
     pub outside: Vec<PathBuf>,
+    /// True if it goes over a cluster, of which only PostgreSQL's own files may be changed and removed.
+    #[serde(default)]
+    pub delta: bool,
 }
 
 /// What is at the place where a restore shall go.
@@ -39,6 +44,8 @@ pub enum Found {
     EmptyDirectory,
     /// An unfinished restore of the same cluster.
     Unfinished(Mark),
+    /// The cluster itself, to be restored over; and where its tablespaces are that lie outside.
+    SameCluster(BTreeMap<u32, PathBuf>),
     Occupied,
 }
 
@@ -76,6 +83,69 @@ pub fn inspect(dir: &Path, cluster: &ClusterName, system: SystemId) -> Result<Fo
         }
         _ => Ok(Found::Occupied),
     }
+}
+
+/// For `--delta`: what is there must be the data directory of this very cluster, and one that can be restored over.
+pub fn recognise(dir: &Path, system: SystemId) -> Result<Found> {
+    let refused = |reason: String| {
+        Error::new(Kind::Config, format!("--into {} with --delta: {reason}", dir.display()))
+    };
+    let another = "give the data directory of this cluster, or restore without --delta into another directory";
+    let control = control::read(&dir.join("global/pg_control")).map_err(|error| {
+        refused(format!("it is no data directory of PostgreSQL: {}", error.message()))
+            .remedy(another)
+    })?;
+    if control.system != system {
+        let reason = format!(
+            "it is the data directory of another cluster, with the system identifier {} and not {system}",
+            control.system
+        );
+        return Err(refused(reason).remedy(another));
+    }
+    for entry in std::fs::read_dir(dir).context(format!("read {}", dir.display()))?.flatten() {
+        let name = entry.file_name();
+        let is_link = entry.file_type().is_ok_and(|kind| kind.is_symlink());
+        let is_data = DATA_FOLDERS.iter().any(|folder| *folder == name);
+        if is_link && is_data {
+            let reason = format!("{} is a symbolic link", name.display());
+            return Err(refused(reason)
+                .remedy("put the folder itself in its place, or restore into another directory"));
+        }
+    }
+    Ok(Found::SameCluster(tablespaces_outside(dir)?))
+}
+
+/// What holds data of its own; of `pg_wal` alone a restore accepts a link to another disk.
+const DATA_FOLDERS: [&str; 9] = [
+    "base",
+    "global",
+    "pg_commit_ts",
+    "pg_logical",
+    "pg_multixact",
+    "pg_replslot",
+    "pg_tblspc",
+    "pg_twophase",
+    "pg_xact",
+];
+
+/// The tablespaces of a data directory that do not lie below it, by OID.
+fn tablespaces_outside(dir: &Path) -> Result<BTreeMap<u32, PathBuf>> {
+    let mut outside = BTreeMap::new();
+    let folder = dir.join("pg_tblspc");
+    let entries = match std::fs::read_dir(&folder) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(outside),
+        entries => entries.context(format!("read {}", folder.display()))?,
+    };
+    for entry in entries.flatten() {
+        let oid = entry.file_name().to_str().and_then(|name| name.parse().ok());
+        let place = std::fs::read_link(entry.path());
+        if let (Some(oid), Ok(place)) = (oid, place)
+            && !place.starts_with(dir)
+        {
+            outside.insert(oid, place);
+        }
+    }
+    Ok(outside)
 }
 
 /// The process whose cluster this is, if it lives.
@@ -143,8 +213,8 @@ pub fn is_being_restored(ours: &Path) -> bool {
 #[derive(Debug)]
 pub struct Claim {
     dir: PathBuf,
-    /// True if an earlier attempt left files that may be kept.
-    pub resumes: bool,
+    /// Whose files are in it.
+    pub existing: Existing,
     /// Where the directory that was there has gone.
     pub moved_to: Option<PathBuf>,
     _lock: File,
@@ -155,15 +225,21 @@ pub fn check(dir: &Path, found: &Found, force: bool) -> Result<()> {
     if *found == Found::Occupied && !force {
         let text = format!("--into {}: the directory is not empty", dir.display());
         return Err(Error::new(Kind::Config, text).remedy(
-            "choose another directory, or give --force to move this one aside (nothing is deleted)",
+            "choose another directory, or give --force to move this one aside (nothing is deleted), or --delta to restore over it \
+             if it is this cluster's own",
         ));
     }
     Ok(())
 }
 
-/// Tablespace directories outside must be empty, or left by the restore that is taken up again.
+/// Tablespace directories outside must be empty, or left by the restore that is taken up again, or those of the cluster
+/// that is restored over.
 pub fn check_outside<'a>(places: impl Iterator<Item = &'a PathBuf>, found: &Found) -> Result<()> {
-    let left: &[PathBuf] = if let Found::Unfinished(mark) = found { &mark.outside } else { &[] };
+    let left: Vec<&PathBuf> = match found {
+        Found::Unfinished(mark) => mark.outside.iter().collect(),
+        Found::SameCluster(outside) => outside.values().collect(),
+        _ => Vec::new(),
+    };
     for place in places.filter(|place| !left.contains(place)) {
         let empty = match std::fs::read_dir(place) {
             Ok(mut entries) => entries.next().is_none(),
@@ -185,6 +261,11 @@ pub fn claim(dir: &Path, found: Found, force: bool, owner: Owner, mark: &Mark) -
     if matches!(found, Found::Unfinished(_)) {
         stop_orphan(dir)?;
     }
+    let existing = match found {
+        Found::Unfinished(Mark { delta: false, .. }) => Existing::Unfinished,
+        Found::Unfinished(_) | Found::SameCluster(_) => Existing::Cluster,
+        _ => Existing::Nothing,
+    };
     let moved_to = match found {
         Found::Occupied => Some(move_aside(dir)?),
         _ => None,
@@ -206,12 +287,9 @@ pub fn claim(dir: &Path, found: Found, force: bool, owner: Owner, mark: &Mark) -
     })?;
     let text = serde_json::to_vec_pretty(mark).map_err(|e| Error::new(Kind::Bug, e))?;
     write_durably(&ours.join(MARK), &text, owner)?;
-    Ok(Claim {
-        dir: dir.into(),
-        resumes: matches!(found, Found::Unfinished(_)),
-        moved_to,
-        _lock: lock,
-    })
+    // The mark itself is found only if the folder is.
+    sync_directory(dir)?;
+    Ok(Claim { dir: dir.into(), existing, moved_to, _lock: lock })
 }
 
 impl Claim {
@@ -320,6 +398,7 @@ mod tests {
             snapshot: "20261122T020000Z-1f2e3d4c".parse().unwrap(),
             target: "latest".into(),
             outside: Vec::new(),
+            delta: false,
         }
     }
 
@@ -337,7 +416,7 @@ mod tests {
             }
             let found = look(&dir).unwrap();
             let claim = claim(&dir, found, false, owner, &mark("orders")).unwrap();
-            assert!(!claim.resumes && claim.moved_to.is_none());
+            assert!(claim.existing == Existing::Nothing && claim.moved_to.is_none());
             assert_eq!(std::fs::metadata(&dir).unwrap().permissions().mode() & 0o777, 0o700);
             assert!(
                 look(&dir).unwrap_err().to_string().contains("is running"),
@@ -380,7 +459,7 @@ mod tests {
         );
         let again =
             claim(&dir, look(&dir).unwrap(), false, Owner::of_process(), &mark("orders")).unwrap();
-        assert!(again.resumes);
+        assert_eq!(again.existing, Existing::Unfinished);
         again.complete().unwrap();
         drop(again);
         assert_eq!(look(&dir).unwrap(), Found::Occupied, "complete: never overwritten");

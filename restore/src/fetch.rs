@@ -4,6 +4,10 @@
 //! their authentication tag, is passed over for the next one, object by object; only when none is left does a read
 //! fail, and then it names the object and what each location said.
 
+mod hashes;
+
+pub use hashes::{FrameHashes, FrameKey};
+
 use backstay_common::id::{EpochId, ObjectId, SnapshotId, SystemId};
 use backstay_common::keys::{Epoch, Keyring};
 use backstay_common::location::Location;
@@ -26,6 +30,8 @@ use std::sync::{Arc, Mutex};
 pub const IN_FLIGHT: usize = 8;
 /// A request asks for at most this many bytes, unless one frame is larger.
 const CHUNK_BYTES: u64 = 8 << 20;
+/// And for frames of no more bytes than this when they are opened, so that the last requests are shared out evenly.
+const CHUNK_PLAIN_BYTES: u64 = 64 << 20;
 /// Bytes between two wanted frames that are read along rather than asked for with another request.
 const GAP_BYTES: u64 = 256 << 10;
 
@@ -53,20 +59,37 @@ pub fn group<W>(wanted: impl IntoIterator<Item = (FrameRef, W)>) -> Vec<Chunk<Ve
         frames.entry(key).or_insert_with(|| (frame.span, Vec::new())).1.push(want);
     }
     let mut chunks: Vec<Chunk<Vec<W>>> = Vec::new();
+    let mut room = Room::default();
     for ((pack, ..), (span, wants)) in frames {
         match chunks.last_mut() {
-            Some(chunk) if chunk.pack == pack && joins(&chunk.range(), &span) => {
+            Some(chunk) if chunk.pack == pack && room.takes(&span) => {
                 chunk.frames.push((span, wants));
             }
-            _ => chunks.push(Chunk { pack, frames: vec![(span, wants)] }),
+            _ => {
+                room = Room { start: span.offset, ..Room::default() };
+                chunks.push(Chunk { pack, frames: vec![(span, wants)] });
+            }
         }
+        room.end = room.end.max(span.offset + u64::from(span.sealed_bytes));
+        room.plain_bytes += u64::from(span.plain_bytes);
     }
     chunks
 }
 
-fn joins(range: &Range<u64>, span: &FrameSpan) -> bool {
-    let end = span.offset + u64::from(span.sealed_bytes);
-    span.offset <= range.end + GAP_BYTES && end - range.start <= CHUNK_BYTES
+/// What a request holds so far.
+#[derive(Debug, Default)]
+struct Room {
+    start: u64,
+    end: u64,
+    plain_bytes: u64,
+}
+
+impl Room {
+    fn takes(&self, span: &FrameSpan) -> bool {
+        span.offset <= self.end + GAP_BYTES
+            && span.offset + u64::from(span.sealed_bytes) - self.start <= CHUNK_BYTES
+            && self.plain_bytes + u64::from(span.plain_bytes) <= CHUNK_PLAIN_BYTES
+    }
 }
 
 /// A location, and how it has done so far.
@@ -81,7 +104,18 @@ struct Source {
 #[derive(Debug)]
 pub struct Packs {
     sources: Vec<Source>,
-    openers: HashMap<ObjectId, (ObjectName, Arc<Opener>)>,
+    packs: HashMap<ObjectId, Pack>,
+}
+
+/// One pack, and what opening it takes.
+#[derive(Debug)]
+struct Pack {
+    name: ObjectName,
+    opener: Arc<Opener>,
+    /// Bytes of the object.
+    size: u64,
+    /// Bytes before its first frame.
+    header_bytes: u64,
 }
 
 /// How many bytes each location gave.
@@ -106,7 +140,7 @@ impl Packs {
         epochs: &[Arc<Epoch>],
         plain: &ManifestPlain,
     ) -> Result<Packs> {
-        let mut openers = HashMap::with_capacity(plain.packs.len());
+        let mut packs = HashMap::with_capacity(plain.packs.len());
         for entry in &plain.packs {
             let bad = || {
                 Error::new(
@@ -116,28 +150,30 @@ impl Packs {
             };
             let header = entry.header(plain).ok_or_else(bad)?;
             let epoch = epochs.get(entry.epoch as usize).ok_or_else(bad)?;
-            let opener = Arc::new(Opener::new(&header, epoch)?);
-            openers.insert(entry.id(), (header.name().clone(), opener));
+            let pack = Pack {
+                name: header.name().clone(),
+                opener: Arc::new(Opener::new(&header, epoch)?),
+                size: entry.size,
+                header_bytes: header.len() as u64,
+            };
+            packs.insert(entry.id(), pack);
         }
         let source = |location: &Location| Source {
             location: location.clone(),
             failures: AtomicU64::new(0),
             bytes: AtomicU64::new(0),
         };
-        Ok(Packs { sources: locations.iter().map(source).collect(), openers })
+        Ok(Packs { sources: locations.iter().map(source).collect(), packs })
     }
 
-    /// Reads, checks and opens the frames of `chunk`, and gives each to `work`, which runs on the codec pool. A fault of
+    /// Reads, checks and opens the frames of `chunk`, and gives each to `work`, which runs on a pool and may wait for a disk. A fault of
     /// `work` ends it. Not to be dropped before its end, unless `work` may still run for a moment.
     pub async fn process<J, F>(&self, chunk: Chunk<J>, work: Arc<F>) -> Result<()>
     where
         J: Send + Sync + 'static,
-        F: Fn(&J, Vec<u8>) -> Result<()> + Send + Sync + 'static,
+        F: Fn(&J, &[u8]) -> Result<()> + Send + Sync + 'static,
     {
-        let Some((name, opener)) = self.openers.get(&chunk.pack) else {
-            let reason = format!("pack {} is not in the manifest's list", chunk.pack);
-            return Err(Error::new(Kind::Corrupt, reason));
-        };
+        let Pack { name, opener, .. } = self.pack(chunk.pack)?;
         let chunk = Arc::new(chunk);
         let mut done = 0;
         let mut refusals = Vec::new();
@@ -151,7 +187,9 @@ impl Packs {
             };
             source.bytes.fetch_add(bytes.len() as u64, Ordering::Relaxed);
             let (chunk, opener, work) = (chunk.clone(), opener.clone(), work.clone());
-            match pool::run(move || open_frames(&chunk, done, &bytes, &opener, &*work)).await? {
+            match pool::run_on_disk(move || open_frames(&chunk, done, &bytes, &opener, &*work))
+                .await?
+            {
                 Opened::All => return Ok(()),
                 Opened::Damaged { at, error } => {
                     done = at;
@@ -161,6 +199,12 @@ impl Packs {
             }
         }
         Err(nowhere(name, refusals))
+    }
+
+    fn pack(&self, id: ObjectId) -> Result<&Pack> {
+        self.packs.get(&id).ok_or_else(|| {
+            Error::new(Kind::Corrupt, format!("pack {id} is not in the manifest's list"))
+        })
     }
 
     /// The plain bytes of each of `wanted`.
@@ -179,7 +223,7 @@ impl Packs {
         let read = Arc::new(Mutex::new(read));
         let fill = {
             let read = read.clone();
-            Arc::new(move |places: &Vec<Place>, plain: Vec<u8>| fill(&read, places, &plain))
+            Arc::new(move |places: &Vec<Place>, plain: &[u8]| fill(&read, places, plain))
         };
         stream::iter(group(places).into_iter().map(Ok))
             .try_for_each_concurrent(IN_FLIGHT, |chunk| self.process(chunk, fill.clone()))
@@ -300,7 +344,7 @@ enum Opened {
     WorkFailed(Error),
 }
 
-fn open_frames<J, F: Fn(&J, Vec<u8>) -> Result<()>>(
+fn open_frames<J, F: Fn(&J, &[u8]) -> Result<()>>(
     chunk: &Chunk<J>,
     from: usize,
     bytes: &Bytes,
@@ -314,14 +358,14 @@ fn open_frames<J, F: Fn(&J, Vec<u8>) -> Result<()>>(
     for (at, (span, job)) in chunk.frames.iter().enumerate().skip(from) {
         let offset = (span.offset - start) as usize;
         let sealed = &bytes[offset..offset + span.sealed_bytes as usize];
-        let plain = UNPACKER.with_borrow_mut(|unpacker| opener.frame(span, sealed, unpacker));
-        match plain {
-            Err(error) => return Opened::Damaged { at, error },
-            Ok(plain) => {
-                if let Err(error) = work(job, plain) {
-                    return Opened::WorkFailed(error);
-                }
-            }
+        let opened = UNPACKER.with_borrow_mut(|unpacker| {
+            let plain = opener
+                .frame_in(span, sealed, unpacker)
+                .map_err(|error| Opened::Damaged { at, error })?;
+            work(job, plain).map_err(Opened::WorkFailed)
+        });
+        if let Err(stopped) = opened {
+            return stopped;
         }
     }
     Opened::All
@@ -391,6 +435,13 @@ mod tests {
         let chunks = group(wanted);
         assert_eq!(chunks.len(), 8);
         assert!(chunks.iter().all(|c| c.range().end - c.range().start <= CHUNK_BYTES));
+    }
+
+    #[test]
+    fn requests_for_what_compresses_well_are_bounded_too() {
+        let chunks = group((0..200).map(|n| (frame(1, n, u64::from(n) * 1000, 1000), ())));
+        let frames: Vec<usize> = chunks.iter().map(|chunk| chunk.frames.len()).collect();
+        assert_eq!(frames, [64, 64, 64, 8], "64 MiB each");
     }
 
     #[test]

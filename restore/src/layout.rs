@@ -75,6 +75,29 @@ impl Layout {
         self.tablespaces.values().filter(|place| !place.starts_with(&self.root))
     }
 
+    /// For a cluster that is restored over: each of its tablespaces that lies outside must have been given a place, for a copy of a
+    /// data directory still links to the original's. `outside` is where they are now.
+    pub fn check_moves(
+        &self,
+        outside: &BTreeMap<u32, PathBuf>,
+        mappings: &[Mapping],
+    ) -> Result<()> {
+        for (oid, place) in outside.iter().filter(|(oid, _)| self.tablespaces.contains_key(*oid)) {
+            if !mappings.iter().any(|mapping| mapping.new == self.tablespaces[oid]) {
+                let reason = format!(
+                    "tablespace {oid} of {} is at {}, outside of it",
+                    self.root.display(),
+                    place.display()
+                );
+                return Err(Error::new(Kind::Config, reason).remedy(format!(
+                    "if no other server uses that place, give --tablespace {oid}={}; else another, empty one",
+                    place.display()
+                )));
+            }
+        }
+        Ok(())
+    }
+
     fn check_apart(&self) -> Result<()> {
         let mut places = BTreeSet::new();
         for place in self.tablespaces.values() {

@@ -6,15 +6,19 @@
 //!
 //! What always holds: each byte written has passed its authentication tag; memory is bounded by the batch and the requests
 //! under way, not by the database; `global/pg_control` is written last, after all else is on disk, so that a
-//! directory without it was not finished. What an interrupted attempt left is kept where a file's content equals its
-//! sealed digest, and removed where not.
+//! directory without it was not finished. Where files are already, left by an interrupted attempt or by the cluster that is
+//! restored over, `pg_control` goes first of all; then each page that equals its sealed hash is kept, the others are
+//! written, and files that the snapshot does not have are removed. A crash at any point leaves what the next attempt
+//! judges in the same way.
 
 mod batch;
 mod kept;
+mod owned;
+mod target;
 #[cfg(test)]
 pub(crate) mod tests;
 
-use crate::directory::{OURS, make_directory, sync_directory, write_durably};
+use crate::directory::{make_directory, sync_directory, write_durably};
 use crate::fetch::{IN_FLIGHT, Packs, part};
 use crate::layout::{Layout, TABLESPACES};
 use crate::owner::Owner;
@@ -24,12 +28,12 @@ use backstay_common::snapshot::{FileEntry, Manifest, TablePart};
 use backstay_common::{Context, Result};
 use batch::{Batch, Write};
 use futures::{StreamExt, TryStreamExt, stream};
-use rustix::fs::{Gid, Mode, OFlags, Uid};
+use kept::Local;
 use std::collections::HashSet;
 use std::fs::File;
-use std::os::unix::fs::FileExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
+use target::Pen;
 
 /// PostgreSQL finds a cluster by it: written last.
 const CONTROL_FILE: &str = "global/pg_control";
@@ -52,14 +56,26 @@ const DIRECTORIES: [&str; 12] = [
     "pg_wal/archive_status",
 ];
 
+/// What is in the directory already.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Existing {
+    Nothing,
+    /// What an interrupted restore left: all of it is ours to change and remove.
+    Unfinished,
+    /// A cluster: only PostgreSQL's own files may be changed and removed.
+    Cluster,
+}
+
 /// What was done.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Materialized {
     pub files: u64,
     /// Bytes of files that were written.
     pub written_bytes: u64,
-    /// Bytes of files that an earlier attempt had left right.
+    /// Bytes that were there already and equal what is sealed.
     pub kept_bytes: u64,
+    /// Files that the snapshot does not have.
+    pub removed_files: u64,
 }
 
 /// One snapshot on its way into one directory.
@@ -69,8 +85,7 @@ pub struct Materialize<'a> {
     pub manifest: &'a Manifest,
     pub layout: &'a Layout,
     pub owner: Owner,
-    /// An earlier attempt left files in the directory.
-    pub resumes: bool,
+    pub existing: Existing,
     pub progress: Arc<Progress>,
 }
 
@@ -99,6 +114,7 @@ impl Materialize<'_> {
 
     fn prepare(&self) -> Result<()> {
         let root = self.layout.root();
+        self.remove_control_file()?;
         if !self.layout.tablespaces().is_empty() {
             make_directory(&root.join(TABLESPACES), self.owner)?;
         }
@@ -113,30 +129,40 @@ impl Materialize<'_> {
         Ok(())
     }
 
+    /// From here on PostgreSQL does not start in the directory, whatever becomes of this attempt.
+    fn remove_control_file(&self) -> Result<()> {
+        let path = self.layout.root().join(CONTROL_FILE);
+        match std::fs::remove_file(&path) {
+            Ok(()) => sync_directory(&self.layout.root().join("global")),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
+            Err(error) => Err(error).context("remove the old global/pg_control"),
+        }
+    }
+
     /// Makes the directories and empty files of a batch, and finds the frames of the others.
     async fn plan(&self, files: Vec<FileEntry>, state: &Arc<Mutex<State>>) -> Result<Batch> {
         let mut files = files;
         files.retain(|file| !NOT_RESTORED.contains(&file.path.as_str()));
         let files = self.set_control_file_aside(files, state);
-        let (kept, wanted) = match self.resumes {
-            true => kept::sort_out(files, self.layout, self.owner, &self.manifest.root).await?,
-            false => (Vec::new(), files),
-        };
-        {
-            let mut state = state.lock().expect("no panic while held");
-            let bytes = |files: &[FileEntry]| files.iter().map(|file| file.size).sum::<u64>();
-            state.done.files += (kept.len() + wanted.len()) as u64;
-            state.done.kept_bytes += bytes(&kept);
-            state.done.written_bytes += bytes(&wanted);
-            self.progress.advance(bytes(&kept));
-            if self.resumes {
-                let all = kept.iter().chain(&wanted);
-                let places = all.map(|file| self.layout.resolve(&file.path));
-                state.places.extend(places.collect::<Result<Vec<PathBuf>>>()?);
-            }
+        if self.existing != Existing::Nothing {
+            let places = files.iter().map(|file| self.layout.resolve(&file.path));
+            let places = places.collect::<Result<Vec<PathBuf>>>()?;
+            state.lock().expect("no panic while held").note_places(places);
         }
-        Batch::plan(wanted, self.layout, self.owner, self.packs, self.manifest.root.page_bytes)
-            .await
+        let root = &self.manifest.root;
+        let files = kept::judge(files, self.existing, self.layout, self.owner, root).await?;
+        let count = files.len() as u64;
+        let is_ours = |(_, local): &&(FileEntry, Local)| *local != Local::Foreign;
+        let bytes: u64 = files.iter().filter(is_ours).map(|(file, _)| file.size).sum();
+        let batch =
+            Batch::plan(files, self.layout, self.owner, self.packs, root.page_bytes).await?;
+        let kept_bytes = bytes.saturating_sub(batch.bytes());
+        self.progress.advance(kept_bytes);
+        let done = &mut state.lock().expect("no panic while held").done;
+        done.files += count;
+        done.kept_bytes += kept_bytes;
+        done.written_bytes += batch.bytes();
+        Ok(batch)
     }
 
     fn set_control_file_aside(
@@ -150,19 +176,18 @@ impl Materialize<'_> {
     }
 
     /// What each opened frame goes through.
-    fn writer(&self) -> Arc<impl Fn(&Vec<Write>, Vec<u8>) -> Result<()> + Send + Sync + 'static> {
-        let (owner, progress) = (self.owner, self.progress.clone());
-        Arc::new(move |writes: &Vec<Write>, plain: Vec<u8>| {
-            let mut last: Option<(&Path, File)> = None;
+    fn writer(&self) -> Arc<impl Fn(&Vec<Write>, &[u8]) -> Result<()> + Send + Sync + 'static> {
+        let progress = self.progress.clone();
+        Arc::new(move |writes: &Vec<Write>, plain: &[u8]| {
+            let mut pen: Option<Pen<'_>> = None;
             for write in writes {
-                let bytes = part(&plain, write.at, write.bytes)?;
-                let doing = || format!("write {}", write.target.path.display());
-                let file = match last.take() {
-                    Some((path, file)) if path == write.target.path => file,
-                    _ => open_target(&write.target, owner)?,
+                let target = &*write.target;
+                let mut held = match pen.take() {
+                    Some(pen) if std::ptr::eq(pen.target, target) => pen,
+                    _ => target.pen(),
                 };
-                file.write_all_at(bytes, write.offset).context(doing())?;
-                last = Some((&write.target.path, file));
+                held.write(part(plain, write.at, write.bytes)?, write.offset)?;
+                pen = Some(held);
                 progress.advance(write.bytes);
             }
             Ok(())
@@ -170,8 +195,9 @@ impl Materialize<'_> {
     }
 
     async fn finish(&self, state: State) -> Result<Materialized> {
-        if self.resumes {
-            kept::remove_strangers(self.layout, &state.places)?;
+        let mut done = state.done;
+        if self.existing != Existing::Nothing {
+            done.removed_files = kept::remove_strangers(self.layout, &state.places, self.existing)?;
         }
         let root = self.layout.root();
         let label = self.manifest.root.backup_label.as_bytes();
@@ -179,12 +205,9 @@ impl Materialize<'_> {
         self.sync()?;
         let page_bytes = self.manifest.root.page_bytes;
         let control_path = root.join(CONTROL_FILE);
-        if control_path.exists() {
-            std::fs::remove_file(&control_path).context("remove the old global/pg_control")?;
-        }
-        let files = state.done.files + state.control.len() as u64;
-        let batch =
-            Batch::plan(state.control, self.layout, self.owner, self.packs, page_bytes).await?;
+        done.files += state.control.len() as u64;
+        let control = state.control.into_iter().map(|file| (file, Local::Absent)).collect();
+        let batch = Batch::plan(control, self.layout, self.owner, self.packs, page_bytes).await?;
         let work = self.writer();
         for chunk in batch.chunks {
             self.packs.process(chunk, work.clone()).await?;
@@ -192,7 +215,7 @@ impl Materialize<'_> {
         let control = File::open(&control_path).context("open the restored global/pg_control")?;
         control.sync_all().context("sync global/pg_control")?;
         sync_directory(&root.join("global"))?;
-        Ok(Materialized { files, ..state.done })
+        Ok(done)
     }
 
     /// Everything that was written is on disk, on every file system that was written to.
@@ -217,27 +240,19 @@ pub fn sync_file_systems(layout: &Layout) -> Result<()> {
 struct State {
     done: Materialized,
     control: Vec<FileEntry>,
-    /// All files of the snapshot, when an earlier attempt's must be told from them.
+    /// All files of the snapshot and the folders above them, where others must be told from them.
     places: HashSet<PathBuf>,
 }
 
-/// Opens a file for writing, made if need be; a symbolic link in its place is an error.
-fn open_target(target: &batch::Target, owner: Owner) -> Result<File> {
-    let doing = || format!("open {}", target.path.display());
-    let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    let mode = Mode::from_raw_mode(target.mode & 0o777);
-    let file = rustix::fs::open(&target.path, flags, Mode::RUSR | Mode::WUSR);
-    let file = file.map_err(std::io::Error::from).context(doing())?;
-    rustix::fs::fchmod(&file, mode).map_err(std::io::Error::from).context(doing())?;
-    if crate::owner::is_root() {
-        let (uid, gid) = (Uid::from_raw(owner.uid), Gid::from_raw(owner.gid));
-        let given = rustix::fs::fchown(&file, Some(uid), Some(gid));
-        given.map_err(std::io::Error::from).context(doing())?;
+impl State {
+    fn note_places(&mut self, places: Vec<PathBuf>) {
+        for place in places {
+            for above in place.ancestors().skip(1) {
+                if !self.places.insert(above.to_path_buf()) {
+                    break;
+                }
+            }
+            self.places.insert(place);
+        }
     }
-    Ok(File::from(file))
-}
-
-/// True for our own folder, which is no part of the cluster.
-fn is_ours(layout: &Layout, path: &Path) -> bool {
-    path == layout.root().join(OURS)
 }

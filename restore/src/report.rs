@@ -27,8 +27,10 @@ pub struct Report {
     pub moved_to: Option<PathBuf>,
     pub files: u64,
     pub written_bytes: u64,
-    /// Left right by an interrupted attempt.
+    /// There already, and equal to what is sealed.
     pub kept_bytes: u64,
+    /// Files of the cluster that is restored over which the snapshot does not have.
+    pub removed_files: u64,
     pub wal_bytes: u64,
     /// Where the cluster is now; none if it was not started.
     pub reached: Option<Reached>,
@@ -61,6 +63,7 @@ impl Report {
             files: 0,
             written_bytes: 0,
             kept_bytes: 0,
+            removed_files: 0,
             wal_bytes: plan.wal_bytes,
             reached: None,
             last_transaction: plan.last_transaction,
@@ -100,7 +103,14 @@ impl fmt::Display for Report {
         write!(f, "  files            {} ({:.1} MiB written", self.files, mib(self.written_bytes))?;
         match self.kept_bytes {
             0 => writeln!(f, ")")?,
-            kept => writeln!(f, ", {:.1} MiB of an interrupted attempt kept)", mib(kept))?,
+            kept => writeln!(f, ", {:.1} MiB were there and are kept)", mib(kept))?,
+        }
+        if self.removed_files > 0 {
+            writeln!(
+                f,
+                "  removed          {} files that are not in the snapshot",
+                self.removed_files
+            )?;
         }
         for (location, bytes) in self.read_from.iter().filter(|(_, bytes)| *bytes > 0) {
             writeln!(f, "  read from        {location}: {:.1} MiB", mib(*bytes))?;

@@ -42,6 +42,8 @@ pub struct Request {
     pub dir: PathBuf,
     pub start: bool,
     pub force: bool,
+    /// Restore over the cluster's own directory.
+    pub delta: bool,
     pub owner: Option<String>,
     pub port: Option<u16>,
     pub pg_bin: Option<PathBuf>,
@@ -92,9 +94,22 @@ pub async fn restore(
 
 async fn prepare<'a>(access: &Access, plan: &'a Plan, request: &'a Request) -> Result<Ready<'a>> {
     check_directory_name(&request.dir)?;
-    let found = directory::inspect(&request.dir, &plan.cluster, plan.system)?;
+    let found = match directory::inspect(&request.dir, &plan.cluster, plan.system)? {
+        Found::Occupied if request.delta => directory::recognise(&request.dir, plan.system)?,
+        Found::Unfinished(mark) if mark.delta && request.force => Found::Occupied,
+        Found::Unfinished(mark) if mark.delta && !request.delta => {
+            return Err(unfinished_delta(&request.dir));
+        }
+        found => found,
+    };
     directory::check(&request.dir, &found, request.force)?;
-    let owner = Owner::choose(request.owner.as_deref(), &request.dir)?;
+    check_wal_from(plan, request, &found)?;
+    // A directory that is kept keeps its owner; a new one is its parent's.
+    let beside = match &found {
+        Found::SameCluster(_) => request.dir.join("global"),
+        _ => request.dir.clone(),
+    };
+    let owner = Owner::choose(request.owner.as_deref(), &beside)?;
     let major = plan.server_version / 10_000;
     let binaries = Binaries::find(major, request.pg_bin.as_deref());
     let binaries = match request.start || request.pg_bin.is_some() {
@@ -109,12 +124,42 @@ async fn prepare<'a>(access: &Access, plan: &'a Plan, request: &'a Request) -> R
     let manifest = read_manifest(&locations, &access.keyring, plan.system, plan.snapshot).await?;
     let layout =
         Layout::new(request.dir.clone(), &manifest.root.tablespaces, &request.tablespaces)?;
+    if let Found::SameCluster(outside) = &found {
+        layout.check_moves(outside, &request.tablespaces)?;
+    }
     directory::check_outside(layout.outside(), &found)?;
-    if !matches!(found, Found::Unfinished(_)) && request.tablespaces.is_empty() {
+    let is_new = !matches!(found, Found::Unfinished(_) | Found::SameCluster(_));
+    if is_new && request.tablespaces.is_empty() {
         // WAL lies in the spool and, once replayed, in pg_wal.
         directory::check_room(&request.dir, plan.database_bytes + 2 * plan.wal_bytes + (64 << 20))?;
     }
     Ok(Ready { plan, request, manifest, locations, layout, found, owner, binaries })
+}
+
+/// It was somebody's cluster, and goes on being changed only if that is asked for again.
+fn unfinished_delta(dir: &Path) -> Error {
+    let reason = format!("--into {}: a restore over this cluster was interrupted", dir.display());
+    Error::new(Kind::Config, reason)
+        .remedy("give the same command again, with --delta, or --force to move the directory aside")
+}
+
+/// What is restored over has no `pg_wal` any more when its WAL is wanted.
+fn check_wal_from(plan: &Plan, request: &Request, found: &Found) -> Result<()> {
+    let is_delta = match found {
+        Found::Unfinished(mark) => mark.delta,
+        found => matches!(found, Found::SameCluster(_)),
+    };
+    let real = |path: &Path| path.canonicalize().unwrap_or_else(|_| path.to_path_buf());
+    let own = [real(&request.dir), real(&request.dir.join("pg_wal"))];
+    match &plan.wal_from {
+        Some(from) if is_delta && own.iter().any(|own| real(from).starts_with(own)) => {
+            let reason =
+                format!("--wal-from {} is in the directory that is restored over", from.display());
+            Err(Error::new(Kind::Config, reason)
+                .remedy("copy that folder to another place first, and give the copy"))
+        }
+        _ => Ok(()),
+    }
 }
 
 /// The name becomes part of a command line and of a configuration file.
@@ -165,6 +210,10 @@ impl Ready<'_> {
             snapshot: self.plan.snapshot,
             target: self.plan.target.clone(),
             outside: self.layout.outside().cloned().collect(),
+            delta: match &self.found {
+                Found::Unfinished(mark) => mark.delta,
+                found => matches!(found, Found::SameCluster(_)),
+            },
         };
         directory::claim(
             &self.request.dir,
@@ -184,12 +233,13 @@ impl Ready<'_> {
             manifest: &self.manifest,
             layout: &self.layout,
             owner: self.owner,
-            resumes: claim.resumes,
+            existing: claim.existing,
             progress: Arc::new(Progress::new("snapshot", total, self.request.quiet)),
         };
         let done = work.run().await?;
         (report.files, report.written_bytes, report.kept_bytes) =
             (done.files, done.written_bytes, done.kept_bytes);
+        report.removed_files = done.removed_files;
         report.read_from = packs.read_from();
         report.phase("fetch and write", begun.elapsed().as_secs_f64());
         Ok(())
@@ -203,7 +253,7 @@ impl Ready<'_> {
         let frozen = Frozen { plan: self.plan.clone(), access: self.request.saved.clone() };
         let spool = Spool::create(&claim.ours(), self.owner, &frozen)?;
         report.notes.extend(self.plan.notes.iter().cloned());
-        report.notes.extend(self.files().place_config(&self.manifest.root)?);
+        report.notes.extend(self.files().place_config(&self.manifest.root, claim.existing)?);
         let control = control::read(&self.request.dir.join("global/pg_control"))?;
         let minimums = settings::minimums(&control, &self.plan.minimums);
         let at_target = if self.request.start { AtTarget::Pause } else { AtTarget::Promote };

@@ -17,6 +17,7 @@ use std::path::Path;
 pub use text::{quote_config, quote_shell, setting, value_of};
 
 use crate::directory::{make_directory, write_durably};
+use crate::materialize::Existing;
 use crate::owner::Owner;
 
 const AUTO: &str = "postgresql.auto.conf";
@@ -140,9 +141,11 @@ pub struct SettingsFiles<'a> {
 
 impl SettingsFiles<'_> {
     /// Puts the source's configuration from outside its data directory in place, where the directory has none of its own.
-    /// Returns what was done, for people.
-    pub fn place_config(&self, root: &Root) -> Result<Vec<String>> {
+    /// Returns what was done, for people. Of a cluster that is restored over the configuration is its own, and keeps its
+    /// paths.
+    pub fn place_config(&self, root: &Root, existing: Existing) -> Result<Vec<String>> {
         let mut said = Vec::new();
+        let is_own = existing == Existing::Cluster && self.dir.join(MAIN).exists();
         if !self.dir.join(MAIN).exists() {
             for file in &root.config_files {
                 said.extend(self.place(file)?);
@@ -158,7 +161,7 @@ impl SettingsFiles<'_> {
                 said.push(format!("the snapshot has no {name}: a minimal one was written"));
             }
         }
-        said.extend(self.clean_main()?);
+        said.extend(self.clean_main(is_own)?);
         Ok(said)
     }
 
@@ -175,11 +178,12 @@ impl SettingsFiles<'_> {
         Ok(Some(format!("{} is the source's {}", file.name, file.source)))
     }
 
-    /// Comments out what points at the original's files, and recovery targets.
-    fn clean_main(&self) -> Result<Vec<String>> {
+    /// Comments out what points at the original's files, unless it is the original's own, and recovery targets.
+    fn clean_main(&self, is_own: bool) -> Result<Vec<String>> {
         let before = self.read(MAIN)?;
-        let is_off =
-            |name: &str| CLEARED_IN_MAIN.contains(&name) || name.starts_with("recovery_target");
+        let is_off = |name: &str| {
+            (!is_own && CLEARED_IN_MAIN.contains(&name)) || name.starts_with("recovery_target")
+        };
         let (after, off) = text::comment_out(&before, is_off);
         if !off.is_empty() {
             self.write(MAIN, &after)?;

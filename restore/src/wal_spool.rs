@@ -3,15 +3,17 @@
 //! ```text
 //! plan.json    the frozen plan, and how to reach the locations (no secret)
 //! histories/   a .history file for each timeline known
-//! wal/         segments, each written whole, synced and then renamed to its place
+//! wal/         segments, each written whole and then renamed to its place
 //! backstay     a copy of this program, for restore_command
 //! lock         held while the restore runs
 //! ```
 //!
 //! What always holds: a file in `wal/` is a whole segment, and holds exactly the plan's bytes, then zeros. A crash
-//! leaves at most a `.tmp` file, which is written anew.
+//! leaves at most a `.tmp` file, which is written anew. A host that goes down may leave segments that are not whole: a restore
+//! syncs the file system before it calls itself complete, and one that is not complete clears the folder when it is
+//! taken up again; what `wal-fetch` fetches later is synced one by one.
 
-use crate::directory::{make_directory, write_durably};
+use crate::directory::{make_directory, sync_directory, write_durably};
 use crate::owner::Owner;
 use crate::plan::{Leg, Plan};
 use crate::progress::Progress;
@@ -22,6 +24,8 @@ use backstay_common::{Context, Error, Kind, Result, pool};
 use futures::future::BoxFuture;
 use futures::{StreamExt, TryStreamExt, stream};
 use serde::{Deserialize, Serialize};
+use std::fs::File;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 /// Bytes of WAL that are held in memory at once; one segment is always allowed.
@@ -120,6 +124,8 @@ pub fn sources(plan: &Plan, size: SegmentSize, segment: Segment) -> Vec<(Branch,
 pub struct Spool {
     ours: PathBuf,
     owner: Owner,
+    /// True if nobody syncs the file system afterwards.
+    syncs: bool,
 }
 
 impl Spool {
@@ -140,7 +146,7 @@ impl Spool {
         let text = serde_json::to_vec_pretty(frozen).map_err(|e| Error::new(Kind::Bug, e))?;
         write_durably(&ours.join("plan.json"), &text, owner)?;
         copy_program(&ours.join("backstay"), owner)?;
-        Ok(Spool { ours: ours.into(), owner })
+        Ok(Spool { ours: ours.into(), owner, syncs: false })
     }
 
     /// The spool of a restore, as `wal-fetch` finds it.
@@ -149,7 +155,8 @@ impl Spool {
         let text = std::fs::read(&path).context(format!("read {}", path.display()))?;
         let frozen = serde_json::from_slice(&text)
             .map_err(|e| Error::new(Kind::Corrupt, format!("{}: {e}", path.display())))?;
-        Ok((Spool { ours: ours.into(), owner: Owner::of_process() }, frozen))
+        let owner = Owner::of_process();
+        Ok((Spool { ours: ours.into(), owner, syncs: true }, frozen))
     }
 
     pub fn history(&self, name: &str) -> PathBuf {
@@ -203,9 +210,27 @@ impl Spool {
             }
             wal.extend_from_slice(&bytes);
         }
-        wal.resize(size.bytes() as usize, 0);
-        let owner = self.owner;
-        pool::run(move || write_durably(&path, &wal, owner)).await?
+        let spool = self.clone();
+        pool::run_on_disk(move || spool.write(&path, &wal, size)).await?
+    }
+
+    /// What is left of the segment reads as zeros.
+    fn write(&self, path: &Path, wal: &[u8], size: SegmentSize) -> Result<()> {
+        let doing = || format!("write {}", path.display());
+        let temporary = path.with_extension("tmp");
+        let mut options = File::options();
+        options.write(true).create(true).truncate(true).mode(0o600);
+        let file = options.open(&temporary).context(doing())?;
+        file.write_all_at(wal, 0).and_then(|()| file.set_len(size.bytes())).context(doing())?;
+        self.owner.take(&temporary)?;
+        if self.syncs {
+            file.sync_all().context(doing())?;
+        }
+        std::fs::rename(&temporary, path).context(doing())?;
+        match (self.syncs, path.parent()) {
+            (true, Some(folder)) => sync_directory(folder),
+            _ => Ok(()),
+        }
     }
 
     /// Removes the WAL and the program: recovery is over. The plan and the logs stay.

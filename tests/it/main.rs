@@ -6,6 +6,7 @@
 //! | `decoder` | the WAL decoder against PostgreSQL's own readers |
 //! | `tidy` | that the tree keeps to its layout |
 //! | `restore` | every kind of target, on every major, under constant load |
+//! | `delta` | restored over the cluster's own directory |
 //! | `options` | page checksums, segment sizes, tablespaces, generations, and what `restore` offers |
 //! | `kill` | agent and server killed at any moment, state lost |
 //! | `s3` | the same over S3, with faults and refusing locations |
@@ -15,6 +16,7 @@
 //! | `status` | what the running agent tells, and when it takes snapshots |
 
 mod decoder;
+mod delta;
 mod folder;
 mod harness;
 mod integrity;

@@ -120,9 +120,18 @@ fn bug(error: std::io::Error) -> Error {
     Error::new(Kind::Bug, format!("zstd: {error}"))
 }
 
-/// A reusable zstd decompressor: one for each worker.
+/// Plain bytes of a frame begin at a multiple of this in memory, so that they can be written to a disk directly.
+const ALIGNMENT: usize = 4096;
+
+/// A reusable zstd decompressor and its buffers: one for each worker.
 #[derive(Default)]
-pub struct Unpacker(Option<zstd::bulk::Decompressor<'static>>);
+pub struct Unpacker {
+    context: Option<zstd::bulk::Decompressor<'static>>,
+    /// A frame that was decrypted, still compressed.
+    packed: Vec<u8>,
+    /// Room for the plain bytes of one frame, and to align them.
+    plain: Vec<u8>,
+}
 
 impl std::fmt::Debug for Unpacker {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -135,30 +144,72 @@ impl Unpacker {
         Unpacker::default()
     }
 
-    /// The plain bytes, exactly as many as `span` says and never more than [`FRAME_BYTES_MAX`].
-    pub(super) fn unpack(&mut self, packed: Vec<u8>, span: &FrameSpan) -> Result<Vec<u8>, String> {
+    /// The plain bytes, exactly as many as `span` says and never more than [`FRAME_BYTES_MAX`]. `decrypt` gets the sealed
+    /// bytes without their tag, to decrypt them where they are; false if it could not.
+    pub(super) fn unpack(
+        &mut self,
+        span: &FrameSpan,
+        body: &[u8],
+        decrypt: impl FnOnce(&mut [u8]) -> bool,
+    ) -> Result<&[u8], String> {
         let expected = span.plain_bytes as usize;
         if expected > FRAME_BYTES_MAX {
             return Err(format!("claims {expected} bytes, more than a frame may have"));
         }
-        let plain = match span.codec {
-            Codec::Raw => packed,
-            Codec::Zstd => self
-                .context()?
-                .decompress(&packed, expected)
-                .map_err(|e| format!("cannot be decompressed: {e}"))?,
+        let got = match span.codec {
+            Codec::Raw => self.decrypt_raw(expected, body, decrypt)?,
+            Codec::Zstd => {
+                self.packed.clear();
+                self.packed.extend_from_slice(body);
+                match decrypt(&mut self.packed) {
+                    true => self.decompress(expected)?,
+                    false => return Err(BAD_TAG.into()),
+                }
+            }
         };
-        match plain.len() == expected {
-            true => Ok(plain),
-            false => Err(format!("has {} bytes, not the {expected} it should have", plain.len())),
+        match got == expected {
+            true => Ok(&*self.room(expected)),
+            false => Err(format!("has {got} bytes, not the {expected} it should have")),
         }
     }
 
-    fn context(&mut self) -> Result<&mut zstd::bulk::Decompressor<'static>, String> {
-        if self.0.is_none() {
-            let new = zstd::bulk::Decompressor::new().map_err(|e| format!("zstd: {e}"))?;
-            self.0 = Some(new);
+    fn decrypt_raw(
+        &mut self,
+        expected: usize,
+        body: &[u8],
+        decrypt: impl FnOnce(&mut [u8]) -> bool,
+    ) -> Result<usize, String> {
+        if body.len() != expected {
+            return Err(format!("has {} bytes, not the {expected} it should have", body.len()));
         }
-        Ok(self.0.as_mut().expect("just made"))
+        let room = self.room(expected);
+        room.copy_from_slice(body);
+        match decrypt(room) {
+            true => Ok(expected),
+            false => Err(BAD_TAG.into()),
+        }
+    }
+
+    fn decompress(&mut self, expected: usize) -> Result<usize, String> {
+        if self.context.is_none() {
+            let new = zstd::bulk::Decompressor::new().map_err(|e| format!("zstd: {e}"))?;
+            self.context = Some(new);
+        }
+        let packed = std::mem::take(&mut self.packed);
+        let mut context = self.context.take().expect("made above");
+        let got = context.decompress_to_buffer(&packed, self.room(expected));
+        (self.packed, self.context) = (packed, Some(context));
+        got.map_err(|e| format!("cannot be decompressed: {e}"))
+    }
+
+    /// `bytes` bytes, at most [`FRAME_BYTES_MAX`], that begin at a multiple of [`ALIGNMENT`].
+    fn room(&mut self, bytes: usize) -> &mut [u8] {
+        if self.plain.is_empty() {
+            self.plain = vec![0; FRAME_BYTES_MAX + ALIGNMENT];
+        }
+        let start = self.plain.as_ptr().align_offset(ALIGNMENT).min(ALIGNMENT);
+        &mut self.plain[start..start + bytes]
     }
 }
+
+const BAD_TAG: &str = "fails its authentication tag";

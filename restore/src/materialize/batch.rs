@@ -1,10 +1,13 @@
-//! Some files of the table, and the frames that they need.
+//! Some files of the table, and the frames that they need: all, or those of which a page differs from what is there.
 
-use super::open_target;
-use crate::fetch::{Chunk, Packs, group};
+use super::kept::Local;
+use super::target::Target;
+use crate::fetch::{Chunk, FrameHashes, Packs, group};
 use crate::layout::Layout;
 use crate::owner::Owner;
-use backstay_common::snapshot::{BytesRef, Content, FileEntry, FileKind, FileMap, FrameRef};
+use backstay_common::snapshot::{
+    BytesRef, Content, FileEntry, FileKind, FileMap, FrameRef, PageHash, Run,
+};
 use backstay_common::{Context, Error, Kind, Result};
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
@@ -13,14 +16,6 @@ use std::sync::Arc;
 /// A batch is cut when its files have this many bytes, so that their maps stay small.
 const BATCH_BYTES: u64 = 16 << 30;
 const BATCH_FILES: usize = 10_000;
-
-/// Where bytes go.
-#[derive(Debug)]
-pub struct Target {
-    pub path: PathBuf,
-    /// Unix permission bits.
-    pub mode: u32,
-}
 
 /// `bytes` bytes from `at` on in a frame go to `offset` in a file.
 #[derive(Debug)]
@@ -56,60 +51,111 @@ pub fn cut(files: Vec<FileEntry>) -> Vec<Vec<FileEntry>> {
 impl Batch {
     /// Makes directories and empty files, reads the maps of the others.
     pub async fn plan(
-        files: Vec<FileEntry>,
+        files: Vec<(FileEntry, Local)>,
         layout: &Layout,
         owner: Owner,
         packs: &Packs,
         page_bytes: u32,
     ) -> Result<Batch> {
-        let mut made = Made { directories: HashSet::new(), owner };
+        let mut made = Made { directories: HashSet::new(), root: layout.root(), owner };
         let mut wanted = Vec::new();
-        let mut mapped: Vec<(&BytesRef, Arc<Target>, u64)> = Vec::new();
-        for file in &files {
-            let target =
-                Arc::new(Target { path: layout.resolve(&file.path)?, mode: file.mode & 0o777 });
+        let mut mapped: Vec<(&BytesRef, Mapped)> = Vec::new();
+        for (file, local) in &files {
+            let path = layout.resolve(&file.path)?;
             if file.kind == FileKind::Directory {
-                made.directory(&target.path, Some(target.mode))?;
+                made.directory(&path, Some(file.mode & 0o777))?;
                 continue;
             }
-            made.directory(target.path.parent().unwrap_or(layout.root()), None)?;
+            made.directory(path.parent().unwrap_or(layout.root()), None)?;
+            let (target, hashes) = match local {
+                Local::Right | Local::Foreign => continue,
+                Local::Absent => (Target::new(path, file.mode, file.size, owner), [].as_slice()),
+                Local::Differs(hashes) => {
+                    (Target::existing(path, file.mode, file.size, owner), hashes.as_slice())
+                }
+            };
+            let (target, size) = (Arc::new(target), file.size);
             match &file.content {
-                Content::Empty if file.size == 0 => drop(open_target(&target, owner)?),
+                Content::Empty if size == 0 => target.make()?,
                 Content::Empty => return Err(without_content(file)),
                 Content::Within { frame, at } => {
-                    wanted.push((*frame, Write { target, offset: 0, at: *at, bytes: file.size }));
+                    wanted.push((*frame, Write { target, offset: 0, at: *at, bytes: size }));
                 }
-                Content::Mapped(map) => mapped.push((map, target, file.size)),
+                Content::Mapped(map) => mapped.push((map, Mapped { target, size, hashes })),
             }
         }
-        let maps: Vec<&BytesRef> = mapped.iter().map(|(map, ..)| *map).collect();
+        let maps: Vec<&BytesRef> = mapped.iter().map(|(map, _)| *map).collect();
         let maps = packs.read_all(&maps).await?;
-        for ((_, target, size), bytes) in mapped.into_iter().zip(maps) {
-            let map = FileMap::decode(&bytes, size, page_bytes)
-                .context(format!("map of {}", target.path.display()))?;
-            wanted.extend(writes_of(&map, &target, size, page_bytes));
+        let mapped: Vec<(Mapped<'_>, FileMap)> = (mapped.into_iter().zip(maps))
+            .map(|((_, file), bytes)| {
+                let map = file.decode(&bytes, page_bytes)?;
+                Ok((file, map))
+            })
+            .collect::<Result<_>>()?;
+        let known = mapped.iter().filter(|(file, _)| !file.hashes.is_empty());
+        let sealed = packs.hashes(known.flat_map(|(_, map)| map.frames.iter().copied())).await?;
+        for (file, map) in &mapped {
+            // Its size and attributes may be all that is wrong.
+            file.target.make()?;
+            let runs = map.runs.iter();
+            wanted.extend(runs.flat_map(|run| file.writes(map, run, &sealed, page_bytes)));
         }
         Ok(Batch { chunks: group(wanted) })
     }
+
+    /// Bytes that will be written.
+    pub fn bytes(&self) -> u64 {
+        let frames = self.chunks.iter().flat_map(|chunk| &chunk.frames);
+        frames.flat_map(|(_, writes)| writes).map(|write| write.bytes).sum()
+    }
 }
 
-/// The map was checked when it was decoded: its runs hold each page once.
-fn writes_of(
-    map: &FileMap,
-    target: &Arc<Target>,
+/// A file of many frames.
+#[derive(Debug)]
+struct Mapped<'a> {
+    target: Arc<Target>,
     size: u64,
-    page_bytes: u32,
-) -> Vec<(FrameRef, Write)> {
-    let page_bytes = u64::from(page_bytes);
-    let write = |run: &backstay_common::snapshot::Run| {
-        let offset = u64::from(run.first_page) * page_bytes;
-        let bytes = (u64::from(run.pages) * page_bytes).min(size - offset);
-        (
-            map.frames[run.frame as usize],
-            Write { target: target.clone(), offset, at: run.at, bytes },
-        )
-    };
-    map.runs.iter().map(write).collect()
+    /// Of the pages that are there.
+    hashes: &'a [PageHash],
+}
+
+impl Mapped<'_> {
+    fn decode(&self, bytes: &[u8], page_bytes: u32) -> Result<FileMap> {
+        FileMap::decode(bytes, self.size, page_bytes)
+            .context(format!("map of {}", self.target.path.display()))
+    }
+
+    /// What must be written of one run: the pages that are not there as they are sealed, neighbours together. The map was
+    /// checked when it was decoded: its runs hold each page once.
+    fn writes(
+        &self,
+        map: &FileMap,
+        run: &Run,
+        sealed: &FrameHashes,
+        page_bytes: u32,
+    ) -> Vec<(FrameRef, Write)> {
+        let frame = map.frames[run.frame as usize];
+        let sealed = sealed.get(&(frame.pack, frame.span.number)).map_or(&[][..], Vec::as_slice);
+        let first = run.at.is_multiple_of(page_bytes).then_some((run.at / page_bytes) as usize);
+        let is_kept = |page: u32| {
+            let there = self.hashes.get((run.first_page + page) as usize);
+            there.is_some() && there == first.and_then(|first| sealed.get(first + page as usize))
+        };
+        let mut writes: Vec<(u32, u32)> = Vec::new();
+        for page in (0..run.pages).filter(|page| !is_kept(*page)) {
+            match writes.last_mut() {
+                Some((from, pages)) if *from + *pages == page => *pages += 1,
+                _ => writes.push((page, 1)),
+            }
+        }
+        let write = |(page, pages): (u32, u32)| {
+            let offset = u64::from(run.first_page + page) * u64::from(page_bytes);
+            let bytes = (u64::from(pages) * u64::from(page_bytes)).min(self.size - offset);
+            let at = run.at + page * page_bytes;
+            (frame, Write { target: self.target.clone(), offset, at, bytes })
+        };
+        writes.into_iter().map(write).collect()
+    }
 }
 
 fn without_content(file: &FileEntry) -> Error {
@@ -118,12 +164,13 @@ fn without_content(file: &FileEntry) -> Error {
 }
 
 /// Directories that are known to be there.
-struct Made {
+struct Made<'a> {
     directories: HashSet<PathBuf>,
+    root: &'a Path,
     owner: Owner,
 }
 
-impl Made {
+impl Made<'_> {
     /// Makes a directory and those above it. Only a directory's own entry says its mode; until then it is 0700.
     fn directory(&mut self, path: &Path, mode: Option<u32>) -> Result<()> {
         use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
@@ -131,6 +178,8 @@ impl Made {
         if !self.directories.contains(path) {
             match std::fs::symlink_metadata(path) {
                 Ok(found) if found.is_dir() => {}
+                // `initdb --waldir` makes it a link, and so is it restored over.
+                Ok(_) if path == self.root.join("pg_wal") && path.is_dir() => {}
                 Ok(_) => {
                     return Err(Error::new(Kind::Local, "something else is there").context(doing()));
                 }

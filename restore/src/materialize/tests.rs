@@ -10,12 +10,13 @@ use backstay_common::seal::{Draft, Frame, ObjectKind, Packer, Sealed, seal};
 use backstay_common::segment::TimelineId;
 use backstay_common::snapshot::filemap::BytesPiece;
 use backstay_common::snapshot::{
-    BytesRef, Content, FileDigest, FileKind, FileMap, FrameRef, ManifestPlain, PackEntry, Root,
-    Run, Tablespace, page_hash,
+    BytesRef, Content, FileDigest, FileKind, FileMap, FrameRef, FrameUse, ManifestPlain, PackEntry,
+    PackFrame, PackMeta, Root, Run, Tablespace, page_hash,
 };
 use backstay_common::{Error, Kind};
 use std::collections::BTreeMap;
 use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
 
 const PAGE: usize = 8192;
 const SYSTEM: SystemId = SystemId::new(7);
@@ -35,14 +36,19 @@ pub(crate) struct Stored {
 struct Pack {
     packer: Packer,
     frames: Vec<Frame>,
+    meta: PackMeta,
+    hash_key: [u8; 32],
 }
 
 impl Pack {
-    fn new() -> Pack {
-        Pack { packer: Packer::new(1).unwrap(), frames: Vec::new() }
+    fn new(hash_key: [u8; 32]) -> Pack {
+        let (packer, meta) = (Packer::new(1).unwrap(), PackMeta::default());
+        Pack { packer, frames: Vec::new(), meta, hash_key }
     }
 
     fn frame(&mut self, plain: &[u8]) -> usize {
+        let hashes = plain.chunks(PAGE).flat_map(|page| page_hash(&self.hash_key, page)).collect();
+        self.meta.frames.push(PackFrame { usage: FrameUse::Image, hashes });
         self.frames.push(Frame::pack(&mut self.packer, plain).unwrap());
         self.frames.len() - 1
     }
@@ -52,7 +58,7 @@ impl Pack {
             kind: ObjectKind::Pack,
             plain: Vec::new(),
             frames: self.frames,
-            meta: Vec::new(),
+            meta: cbor::encode(&self.meta),
         };
         seal(draft, epoch, |id| ObjectName::Pack { system: SYSTEM, id })
     }
@@ -115,7 +121,8 @@ impl Stored {
 
         let (old, new) = (noise(300 * PAGE, 1), noise(PAGE, 2));
         let (short, small) = (noise(5 * PAGE + 100, 3), noise(700, 4));
-        let mut data = Pack::new();
+        let hash_key: [u8; 32] = random_bytes();
+        let mut data = Pack::new(hash_key);
         let images: Vec<usize> = old.chunks(128 * PAGE).map(|chunk| data.frame(chunk)).collect();
         let delta = data.frame(&new);
         let short_frame = data.frame(&short);
@@ -140,9 +147,8 @@ impl Stored {
         patched[130 * PAGE..131 * PAGE].copy_from_slice(&new);
 
         let maps = [big_map.encode(), short_map.encode()];
-        let mut meta = Pack::new();
+        let mut meta = Pack::new(hash_key);
         let maps_frame = meta.frame(&maps.concat());
-        let hash_key: [u8; 32] = random_bytes();
         // The references need the offsets of a sealed pack, so maps and table are packs of their own.
         let maps_pack = meta.seal(&epoch);
         let map_ref = |at: usize, bytes: usize| {
@@ -184,7 +190,7 @@ impl Stored {
             });
         }
         files.sort_by(|a, b| a.path.cmp(&b.path));
-        let mut table = Pack::new();
+        let mut table = Pack::new(hash_key);
         let parts =
             [TablePart { files: files[..4].to_vec() }, TablePart { files: files[4..].to_vec() }];
         let encoded: Vec<Vec<u8>> = parts.iter().map(cbor::encode).collect();
@@ -253,7 +259,7 @@ impl Stored {
         self.folder.path().join("restored")
     }
 
-    async fn restore(&self, resumes: bool) -> Result<(Materialized, Vec<(String, u64)>)> {
+    async fn restore(&self, existing: Existing) -> Result<(Materialized, Vec<(String, u64)>)> {
         let packs = Packs::open(&self.locations, &self.keyring, &self.manifest.plain).await?;
         let layout = Layout::new(self.target(), &self.manifest.root.tablespaces, &[])?;
         make_directory(layout.root(), Owner::of_process())?;
@@ -262,7 +268,7 @@ impl Stored {
             manifest: &self.manifest,
             layout: &layout,
             owner: Owner::of_process(),
-            resumes,
+            existing,
             progress: Arc::new(Progress::new("test", 1, true)),
         };
         Ok((work.run().await?, packs.read_from()))
@@ -275,7 +281,7 @@ impl Stored {
     }
 
     async fn refusal(&self) -> Error {
-        let error = self.restore(false).await.unwrap_err();
+        let error = self.restore(Existing::Nothing).await.unwrap_err();
         assert!(!self.target().join(CONTROL_FILE).exists(), "not finished");
         error
     }
@@ -294,7 +300,7 @@ fn remove(path: &Path) {
 #[tokio::test]
 async fn every_file_comes_back_as_it_was() {
     let stored = Stored::new().await;
-    let (done, from) = stored.restore(false).await.unwrap();
+    let (done, from) = stored.restore(Existing::Nothing).await.unwrap();
     stored.check();
     assert_eq!(done.kept_bytes, 0);
     assert!(from[0].1 > 0 && from[1].1 == 0, "one location is enough: {from:?}");
@@ -318,7 +324,7 @@ async fn what_one_location_lacks_comes_from_the_other() {
     ] {
         let stored = Stored::new().await;
         harm(&stored.path(0, &stored.data_pack));
-        let (_, from) = stored.restore(false).await.unwrap();
+        let (_, from) = stored.restore(Existing::Nothing).await.unwrap();
         stored.check();
         assert!(from[1].1 > 0, "{from:?}");
     }
@@ -331,7 +337,7 @@ async fn damage_at_different_places_of_one_pack_is_overcome() {
     bend(&stored.path(0, &stored.data_pack), 3000);
     bend(&stored.path(1, &stored.meta_pack), 300);
     assert!(length > 4000);
-    stored.restore(false).await.unwrap();
+    stored.restore(Existing::Nothing).await.unwrap();
     stored.check();
 }
 
@@ -374,16 +380,146 @@ async fn swapped_packs_are_found() {
 #[tokio::test]
 async fn an_attempt_is_taken_up_again() {
     let stored = Stored::new().await;
-    stored.restore(false).await.unwrap();
+    stored.restore(Existing::Nothing).await.unwrap();
     bend(&stored.target().join("base/1/100"), 12345);
     std::fs::write(stored.target().join("base/1/stranger"), b"x").unwrap();
     remove(&stored.target().join(CONTROL_FILE));
-    let (done, _) = stored.restore(true).await.unwrap();
+    let (done, _) = stored.restore(Existing::Unfinished).await.unwrap();
     stored.check();
     assert!(!stored.target().join("base/1/stranger").exists());
     let size = |path: &str| stored.expected[path].len() as u64;
-    assert_eq!(done.written_bytes, size("base/1/100"), "only what was wrong");
-    assert_eq!(done.kept_bytes, size("PG_VERSION") + size("pg_tblspc/16385/PG_15/5/9"));
+    assert_eq!(done.written_bytes, PAGE as u64, "only the page that was wrong");
+    let all = size("PG_VERSION") + size("base/1/100") + size("pg_tblspc/16385/PG_15/5/9");
+    assert_eq!(done.kept_bytes, all - PAGE as u64);
+    assert_eq!(done.removed_files, 2, "the stranger and the label, which is written anew");
+}
+
+/// Changes of every kind in a file: at its ends, in an image and in a delta, shorter, longer, gone, not a file.
+#[tokio::test]
+async fn only_the_pages_that_differ_are_fetched() {
+    let file = |stored: &Stored| stored.target().join("base/1/100");
+    let set_size = |path: &Path, bytes: u64| {
+        std::fs::File::options().write(true).open(path).unwrap().set_len(bytes).unwrap();
+    };
+    type Change = Box<dyn Fn(&Path)>;
+    let page = PAGE as u64;
+    let cases: Vec<(&str, Change, u64)> = vec![
+        ("nothing", Box::new(|_| {}), 0),
+        ("first", Box::new(|path| bend(path, 0)), page),
+        ("last", Box::new(|path| bend(path, 300 * PAGE - 1)), page),
+        ("of a delta", Box::new(|path| bend(path, 130 * PAGE + 1)), page),
+        ("two frames", Box::new(|path| (bend(path, 5 * PAGE), bend(path, 290 * PAGE)).1), 2 * page),
+        ("shorter", Box::new(move |path| set_size(path, 299 * PAGE as u64 - 1)), 2 * page),
+        ("longer", Box::new(move |path| set_size(path, 301 * PAGE as u64)), 0),
+        ("empty", Box::new(move |path| set_size(path, 0)), 300 * page),
+        ("gone", Box::new(remove), 300 * page),
+        (
+            "a link",
+            Box::new(|path| {
+                remove(path);
+                std::os::unix::fs::symlink("/etc/hostname", path).unwrap();
+            }),
+            300 * page,
+        ),
+        (
+            "shared",
+            Box::new(|path| std::fs::hard_link(path, path.with_extension("x")).unwrap()),
+            300 * page,
+        ),
+        (
+            "mode",
+            Box::new(|path| {
+                let mode = std::fs::Permissions::from_mode(0o666);
+                std::fs::set_permissions(path, mode).unwrap();
+            }),
+            0,
+        ),
+    ];
+    for (name, change, written) in cases {
+        let stored = Stored::new().await;
+        stored.restore(Existing::Nothing).await.unwrap();
+        change(&file(&stored));
+        let (done, _) = stored.restore(Existing::Cluster).await.unwrap();
+        assert_eq!(done.written_bytes, written, "{name}");
+        stored.check();
+        let mode = std::fs::metadata(file(&stored)).unwrap().permissions().mode() & 0o777;
+        assert_eq!(mode, 0o640, "{name}");
+    }
+}
+
+/// A page whose hash is not the sealed one is never kept, whatever the footers say or do not say.
+#[tokio::test]
+async fn without_footers_whole_files_are_fetched() {
+    let stored = Stored::new().await;
+    stored.restore(Existing::Nothing).await.unwrap();
+    for location in 0..2 {
+        let path = stored.path(location, &stored.data_pack);
+        let length = std::fs::metadata(&path).unwrap().len() as usize;
+        bend(&path, length - 60);
+    }
+    bend(&stored.target().join("base/1/100"), 12345);
+    let (done, _) = stored.restore(Existing::Cluster).await.unwrap();
+    stored.check();
+    assert_eq!(done.written_bytes, stored.expected["base/1/100"].len() as u64);
+}
+
+#[tokio::test]
+async fn what_is_not_postgresqls_is_left_alone() {
+    let stored = Stored::new().await;
+    stored.restore(Existing::Nothing).await.unwrap();
+    let at = |path: &str| stored.target().join(path);
+    let place = at("backstay-tablespaces/16385");
+    let foreign = [
+        "postgresql.conf",
+        "conf.d/own.conf",
+        "log/today.log",
+        "server.key",
+        "base/1/notes.txt",
+        "base/7/notes.txt",
+        "backstay-tablespaces/16385/notes.txt",
+        "backstay-tablespaces/16385/PG_14_202107181/5/9",
+    ];
+    let stale = [
+        "base/1/100.1",
+        "base/1/pg_internal.init",
+        "base/6/1259",
+        "base/7/1259",
+        "pg_wal/000000010000000000000009",
+        "pg_replslot/standby/state",
+        "tablespace_map",
+        "standby.signal",
+        "backstay-tablespaces/16385/PG_15/5/77",
+        "backstay-tablespaces/20000/PG_15/5/77",
+    ];
+    for path in foreign.iter().chain(&stale) {
+        std::fs::create_dir_all(at(path).parent().unwrap()).unwrap();
+        std::fs::write(at(path), path).unwrap();
+    }
+    std::os::unix::fs::symlink(&place, at("pg_tblspc/20000")).unwrap();
+    let (done, _) = stored.restore(Existing::Cluster).await.unwrap();
+    stored.check();
+    for path in foreign {
+        assert_eq!(std::fs::read_to_string(at(path)).unwrap(), path);
+    }
+    for path in stale {
+        assert!(!at(path).exists(), "{path}");
+    }
+    assert!(std::fs::symlink_metadata(at("pg_tblspc/20000")).is_err());
+    assert!(!at("base/6").exists() && !at("backstay-tablespaces/20000").exists());
+    assert_eq!(done.written_bytes, 0);
+    assert_eq!(done.removed_files, stale.len() as u64 + 2, "and the label and the link");
+}
+
+#[tokio::test]
+async fn a_cluster_cannot_be_started_from_the_first_change_to_the_last() {
+    let stored = Stored::new().await;
+    stored.restore(Existing::Nothing).await.unwrap();
+    bend(&stored.target().join("base/1/100"), 12345);
+    for location in 0..2 {
+        bend(&stored.path(location, &stored.data_pack), 3000);
+    }
+    assert_eq!(stored.restore(Existing::Cluster).await.unwrap_err().kind(), Kind::Corrupt);
+    assert!(!stored.target().join(CONTROL_FILE).exists());
 }
 
 #[tokio::test]
@@ -400,15 +536,9 @@ async fn a_path_that_leads_out_is_refused() {
         digest: None,
         content: Content::Empty,
     };
-    let refused = Batch::plan(vec![file], &layout, Owner::of_process(), &packs, PAGE as u32).await;
+    let refused =
+        Batch::plan(vec![(file, Local::Absent)], &layout, Owner::of_process(), &packs, PAGE as u32)
+            .await;
     assert_eq!(refused.unwrap_err().kind(), Kind::Corrupt);
     assert!(!stored.folder.path().join("escaped").exists());
-}
-
-#[test]
-fn a_link_in_the_place_of_a_file_is_not_followed() {
-    let folder = tempfile::tempdir().unwrap();
-    std::os::unix::fs::symlink("/etc/hostname", folder.path().join("link")).unwrap();
-    let target = batch::Target { path: folder.path().join("link"), mode: 0o600 };
-    assert!(open_target(&target, Owner::of_process()).is_err());
 }

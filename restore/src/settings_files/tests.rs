@@ -135,7 +135,7 @@ fn what_points_at_the_original_is_commented_out() {
         corrupt_pages: Vec::new(),
         written_by: "test".into(),
     };
-    let said = joined(&files.place_config(&root).unwrap());
+    let said = joined(&files.place_config(&root, Existing::Nothing).unwrap());
     for part in [
         "/etc/postgresql/15/main/pg_hba.conf",
         "commented out in postgresql.conf: data_directory",
@@ -152,6 +152,8 @@ fn what_points_at_the_original_is_commented_out() {
     escaping.config_files[0].name = "../x".into();
     let other = tempfile::tempdir().unwrap();
     assert!(
-        SettingsFiles { dir: other.path(), owner: files.owner }.place_config(&escaping).is_err()
+        SettingsFiles { dir: other.path(), owner: files.owner }
+            .place_config(&escaping, Existing::Nothing)
+            .is_err()
     );
 }

@@ -116,6 +116,7 @@ fn a_segment_that_a_running_restore_still_fetches_is_waited_for() {
         snapshot: plan().snapshot,
         target: "latest".into(),
         outside: Vec::new(),
+        delta: false,
     };
     let claim = directory::claim(
         restore.folder.path(),
