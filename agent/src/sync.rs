@@ -130,10 +130,13 @@ fn missing(has: &BTreeSet<ObjectName>, all: &BTreeSet<ObjectName>) -> Vec<Vec<Ob
     for name in all.difference(has).filter(|name| !is_covered(name)) {
         let group = match name {
             ObjectName::Wrap { .. } => 0,
-            ObjectName::Origin { .. } | ObjectName::Begin { .. } => 1,
+            ObjectName::Origin { .. } | ObjectName::Begin { .. } | ObjectName::Pin { .. } => 1,
             ObjectName::Pack { .. } | ObjectName::Wal { .. } => 2,
             ObjectName::Manifest { .. } => 3,
-            ObjectName::Cluster | ObjectName::Head { .. } => continue,
+            // They speak of one location.
+            ObjectName::Cluster | ObjectName::Head { .. } | ObjectName::Condemned { .. } => {
+                continue;
+            }
         };
         groups[group].push(name.clone());
     }
