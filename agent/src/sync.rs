@@ -9,6 +9,7 @@
 //! killed between the PUT of the span and their deletion.
 
 use crate::context::AgentContext;
+use crate::prune;
 use crate::wal::superseded;
 use backstay_common::Result;
 use backstay_common::id::{Branch, LocationName, ObjectId, SystemId};
@@ -49,7 +50,13 @@ pub async fn run(context: &AgentContext) -> Result<SyncReport> {
             Err(error) => report.failed.push((location.name().clone(), error.message().into())),
         }
     }
-    let all: BTreeSet<ObjectName> = present.iter().flat_map(|(_, names)| names).cloned().collect();
+    let mut all: BTreeSet<ObjectName> =
+        present.iter().flat_map(|(_, names)| names).cloned().collect();
+    if present.iter().any(|(_, names)| !missing(names, &all).concat().is_empty()) {
+        // What one location has let go of does not come back from another that has it still.
+        let unneeded = prune::unneeded(context).await;
+        all.retain(|name| !unneeded.contains(name));
+    }
     for (location, names) in &present {
         match copy_missing(location, names, &all, &present).await {
             Ok(0) => delete_superseded(location, names).await,

@@ -7,7 +7,7 @@
 //!
 //! The rules:
 //! - **Window.** Each branch with WAL inside the window keeps, on its line (itself and its ancestors, each up to where the next
-//!   one left it), the newest usable and trusted snapshot that ended at least [`MARGIN`] before the window's edge, all
+//!   one left it), the newest usable and trusted snapshot that ended at least [`Rules::margin`] before the window's edge, all
 //!   snapshots after it, and all WAL from the segment of its start on. If none is old enough the oldest usable one takes
 //!   its place; where no snapshot reaches a branch yet, all its WAL stays.
 //! - The newest snapshot never goes, nor do the newest `keep_last`, each with the WAL from its start on.
@@ -34,9 +34,8 @@ pub use view::{Seen, View, is_trusted};
 
 use std::time::Duration;
 
-/// A snapshot must have ended so long before the window's edge to be what the window begins with; and what is so little
-/// outside the window counts as inside. Covers clocks that disagree.
-pub const MARGIN: Duration = Duration::from_secs(3600);
+/// See [`Rules::margin`].
+const MARGIN_MAX: Duration = Duration::from_secs(3600);
 /// A pack may be so much older than the `begin` of the snapshot that it belongs to, for stores whose times are coarse.
 const BEGIN_SLACK: Duration = Duration::from_secs(600);
 
@@ -45,6 +44,9 @@ const BEGIN_SLACK: Duration = Duration::from_secs(600);
 pub struct Rules {
     /// How far back recovery must reach.
     pub window: Duration,
+    /// A snapshot must have ended so long before the window's edge to be what the window begins with, and what is so little
+    /// outside the window counts as inside: clocks disagree. An hour, or the window if that is shorter.
+    pub margin: Duration,
     /// Besides: so many of the newest snapshots, at least 1.
     pub keep_last: usize,
     /// Besides: one snapshot for each of so many weeks,
@@ -59,7 +61,8 @@ impl Rules {
     /// Nothing but a window.
     pub fn window(window: Duration) -> Rules {
         let running_max = Duration::from_secs(7 * 86_400);
-        Rules { window, keep_last: 1, weekly: 0, monthly: 0, running_max }
+        let margin = window.min(MARGIN_MAX);
+        Rules { window, margin, keep_last: 1, weekly: 0, monthly: 0, running_max }
     }
 }
 
@@ -68,3 +71,6 @@ pub fn judge(view: &View, rules: &Rules) -> Verdict {
     let kept = snapshots::judge(view, rules);
     sweep::sweep(view, rules, kept)
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,8 +1,8 @@
 //! Which snapshots stay, and which WAL with them.
 
+use super::Rules;
 use super::verdict::{DamageHold, Stays};
 use super::view::{View, is_trusted};
-use super::{MARGIN, Rules};
 use crate::id::{Branch, SnapshotId};
 use crate::line::{Line, Past, line_of};
 use crate::lsn::{Lsn, LsnRange};
@@ -65,7 +65,7 @@ struct Judge<'a> {
 pub(super) fn judge(view: &View, rules: &Rules) -> Kept {
     let pasts = view.pasts();
     let lines = pasts.keys().map(|&branch| (branch, line_of(branch, &pasts))).collect();
-    let edge = back(back(view.now, rules.window), MARGIN);
+    let edge = back(back(view.now, rules.window), rules.margin);
     let mut judge = Judge { view, rules, pasts, lines, usable: BTreeSet::new(), edge };
     let is_usable = |plain: &&ManifestPlain| judge.is_usable(plain);
     judge.usable = view.manifests.values().filter(is_usable).map(|plain| plain.snapshot).collect();

@@ -3,7 +3,7 @@
 use super::snapshots::{Kept, back, running};
 use super::verdict::{Gone, Stays, Verdict};
 use super::view::{Seen, View};
-use super::{BEGIN_SLACK, MARGIN, Rules};
+use super::{BEGIN_SLACK, Rules};
 use crate::id::{AgentName, Branch, ObjectId, SnapshotId};
 use crate::lsn::LsnRange;
 use crate::name::ObjectName;
@@ -47,7 +47,7 @@ pub(super) fn sweep(view: &View, rules: &Rules, kept: Kept) -> Verdict {
         running_since: begun().map(|(at, _)| back(at, BEGIN_SLACK)).min(),
         running: begun().map(|(_, begin)| begin.snapshot).collect(),
         superseded: superseded(view),
-        edge: back(back(view.now, rules.window), MARGIN),
+        edge: back(back(view.now, rules.window), rules.margin),
         newest_heads,
         newest_condemned,
         kept,
