@@ -7,7 +7,7 @@ use crate::cbor::{self, Fields};
 use crate::id::{ObjectId, SnapshotId, SystemId};
 use crate::keys::Epoch;
 use crate::name::ObjectName;
-use crate::seal::{self, Draft, Header, ObjectKind, Sealed};
+use crate::seal::{self, Draft, Header, Object, ObjectKind, Sealed};
 use crate::{Error, Kind, Result};
 use bytes::Bytes;
 use minicbor::{Decode, Encode};
@@ -72,6 +72,12 @@ impl PinRecord {
         }
     }
 
+    /// As [`PinRecord::read`], authenticated.
+    pub fn open(bytes: Bytes, name: &ObjectName, epoch: &Epoch) -> Result<PinRecord> {
+        Object::open(bytes.clone(), name, epoch)?;
+        PinRecord::read(&bytes, name)
+    }
+
     pub fn seal(&self, epoch: &Epoch, system: SystemId, pin: ObjectId, seq: u64) -> Sealed {
         let draft = Draft {
             kind: ObjectKind::Pin,
@@ -116,8 +122,11 @@ mod tests {
             released: false,
             damage: None,
         };
-        let sealed = pin.seal(&Epoch::generate(), SystemId::new(7), ObjectId::random(), 3);
+        let epoch = Epoch::generate();
+        let sealed = pin.seal(&epoch, SystemId::new(7), ObjectId::random(), 3);
         assert_eq!(PinRecord::read(&sealed.bytes, &sealed.name).unwrap(), pin);
+        assert_eq!(PinRecord::open(sealed.bytes.clone(), &sealed.name, &epoch).unwrap(), pin);
+        assert!(PinRecord::open(sealed.bytes, &sealed.name, &Epoch::generate()).is_err());
         assert!(pin.holds(19) && !pin.holds(20) && !pin.given_back().holds(19));
         assert!(PinRecord { until: None, ..pin }.holds(i64::MAX));
     }
