@@ -1,9 +1,12 @@
-//! The control socket: how `status` and `snapshot` talk to the running agent.
+//! The control socket: how `status`, `snapshot`, `prune` and the verbs for pins talk to the running agent.
 //!
 //! `<state-dir>/agent.sock`, a Unix socket that only the agent's user may open. A client writes one request as a line of
-//! JSON; the agent answers with lines of JSON, of which the last is `status`, `outcome` or `error`.
+//! JSON; the agent answers with lines of JSON, of which the last is `status`, `outcome`, `pruned`, `pins` or `error`.
 
+use crate::context::AgentContext;
 use crate::keeper::{Asked, Keeper};
+use crate::prune::pins::{self, PinOutcome, PinRequest};
+use crate::prune::{self, PruneOptions, PruneReport};
 use crate::snapshot::{SnapshotOutcome, SnapshotProgress};
 use crate::status::Status;
 use backstay_common::{Context, Error, Kind, Result};
@@ -14,7 +17,6 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::{UnixListener, UnixStream};
-use tokio_util::sync::CancellationToken;
 
 /// A request is far shorter.
 const REQUEST_BYTES_MAX: u64 = 4096;
@@ -23,11 +25,14 @@ const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
 /// Clients served at the same time.
 const CLIENTS_MAX: usize = 32;
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(tag = "verb", rename_all = "kebab-case", deny_unknown_fields)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "verb", content = "with", rename_all = "kebab-case", deny_unknown_fields)]
 pub enum Request {
     Status,
     Snapshot,
+    Prune(PruneOptions),
+    /// To hold a snapshot, to give it back, or to acknowledge damage.
+    Pins(PinRequest),
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -36,6 +41,8 @@ pub enum Reply {
     Status(Box<serde_json::Value>),
     Progress(SnapshotProgress),
     Outcome(SnapshotOutcome),
+    Pruned(Box<PruneReport>),
+    Pins(PinOutcome),
     Error { exit_code: u8, message: String, remedy: Option<String> },
 }
 
@@ -74,8 +81,9 @@ pub async fn serve(
     listener: UnixListener,
     status: Arc<dyn Fn() -> Status + Send + Sync>,
     keeper: Keeper,
-    stop: CancellationToken,
+    context: Arc<AgentContext>,
 ) -> Result<()> {
+    let stop = context.stop.clone();
     let places = Arc::new(tokio::sync::Semaphore::new(CLIENTS_MAX));
     loop {
         let accepted = tokio::select! {
@@ -86,12 +94,13 @@ pub async fn serve(
             continue;
         };
         let (status, keeper, stop) = (status.clone(), keeper.clone(), stop.clone());
+        let context = context.clone();
         tokio::spawn(async move {
             let _place = place;
             // A client that goes away ends its own conversation and nothing else.
             tokio::select! {
                 () = stop.cancelled() => {}
-                _ = answer(stream, &*status, keeper) => {}
+                _ = answer(stream, &*status, keeper, &context) => {}
             }
         });
     }
@@ -101,6 +110,7 @@ async fn answer(
     stream: UnixStream,
     status: &(dyn Fn() -> Status + Send + Sync),
     keeper: Keeper,
+    context: &AgentContext,
 ) -> std::io::Result<()> {
     let (read, mut write) = stream.into_split();
     let mut line = String::new();
@@ -118,6 +128,19 @@ async fn answer(
             send(&mut write, &Reply::Status(Box::new(status))).await
         }
         Ok(Request::Snapshot) => snapshot(&mut write, keeper).await,
+        Ok(Request::Prune(options)) => {
+            let report = match options.dry_run {
+                // Changes nothing, and need not wait for a snapshot to end.
+                true => prune::run(context, options).await,
+                false => keeper.prune(options).await,
+            };
+            let reply = report.map_or_else(|e| Reply::of_error(&e), |r| Reply::Pruned(Box::new(r)));
+            send(&mut write, &reply).await
+        }
+        Ok(Request::Pins(request)) => {
+            let outcome = pins::run(context, request).await;
+            send(&mut write, &outcome.map_or_else(|e| Reply::of_error(&e), Reply::Pins)).await
+        }
     }
 }
 

@@ -1,4 +1,5 @@
-//! Keeps snapshots: takes one at first start, on schedule and when asked, and makes the locations equal in between.
+//! Keeps snapshots: takes one at first start, on schedule and when asked, and makes the locations equal in between. Prunes
+//! after each snapshot, when something that was condemned is due, and when asked.
 //!
 //! One snapshot at a time: all of it happens in one task. A run that was missed while the agent was down is caught up
 //! at the next start. A server that has come to another timeline, restored or promoted, gets a snapshot at once: replay
@@ -6,6 +7,7 @@
 //! cannot be reached in any other way.
 
 use crate::context::AgentContext;
+use crate::prune::{self, PruneOptions, PruneReport};
 use crate::schedule::Schedule;
 use crate::snapshot::{self, Reason, SnapshotOutcome, SnapshotProgress, SnapshotRequest};
 use crate::status::SnapshotStatus;
@@ -33,12 +35,24 @@ const SLOT_PATIENCE: Duration = Duration::from_secs(10);
 /// Raised where a snapshot is committed at other locations only.
 const PENDING: &str = "snapshot-pending";
 
+/// Two prunes that nobody asked for are so far apart.
+const PRUNE_PAUSE_MIN: Duration = Duration::from_secs(1);
+/// After a prune that failed.
+const PRUNE_AGAIN_AFTER: Duration = Duration::from_secs(600);
+
 type Outcome = Result<SnapshotOutcome>;
+
+/// What somebody asks of the keeper.
+#[derive(Debug)]
+enum Job {
+    Snapshot(oneshot::Sender<Outcome>),
+    Prune(PruneOptions, oneshot::Sender<Result<PruneReport>>),
+}
 
 /// The handle of the keeper's task.
 #[derive(Clone, Debug)]
 pub struct Keeper {
-    requests: mpsc::Sender<oneshot::Sender<Outcome>>,
+    requests: mpsc::Sender<Job>,
     progress: watch::Receiver<SnapshotProgress>,
     status: Arc<Mutex<SnapshotStatus>>,
 }
@@ -54,16 +68,28 @@ impl Keeper {
     /// Asks for a snapshot now. Refused while another one runs.
     pub async fn ask(&self) -> Result<Asked> {
         let (send, outcome) = oneshot::channel();
-        match self.requests.try_send(send) {
-            Ok(()) => Ok(Asked { progress: self.progress.clone(), outcome }),
-            Err(mpsc::error::TrySendError::Closed(_)) => {
-                Err(Error::new(Kind::Cancelled, "the agent is stopping"))
+        self.send(Job::Snapshot(send))?;
+        Ok(Asked { progress: self.progress.clone(), outcome })
+    }
+
+    /// Prunes now, or when the snapshot that is being taken is done.
+    pub async fn prune(&self, options: PruneOptions) -> Result<PruneReport> {
+        let (send, report) = oneshot::channel();
+        self.send(Job::Prune(options, send))?;
+        let stopping = |_| Err(Error::new(Kind::Cancelled, "the agent is stopping"));
+        report.await.unwrap_or_else(stopping)
+    }
+
+    fn send(&self, job: Job) -> Result<()> {
+        self.requests.try_send(job).map_err(|refused| match refused {
+            mpsc::error::TrySendError::Closed(_) => {
+                Error::new(Kind::Cancelled, "the agent is stopping")
             }
-            Err(mpsc::error::TrySendError::Full(_)) => {
-                Err(Error::new(Kind::Config, "another snapshot is running or waiting")
-                    .remedy("see `backstay-agent status`, and ask again when it is done"))
+            mpsc::error::TrySendError::Full(_) => {
+                Error::new(Kind::Config, "another snapshot is running or waiting")
+                    .remedy("see `backstay-agent status`, and ask again when it is done")
             }
-        }
+        })
     }
 
     pub fn status(&self) -> SnapshotStatus {
@@ -88,19 +114,22 @@ pub struct KeeperTask {
     context: Arc<AgentContext>,
     wal: watch::Receiver<WalStatus>,
     schedule: Schedule,
-    requests: mpsc::Receiver<oneshot::Sender<Outcome>>,
+    requests: mpsc::Receiver<Job>,
     progress: watch::Sender<SnapshotProgress>,
     status: Arc<Mutex<SnapshotStatus>>,
     /// The timeline, and the last gap, when the last snapshot began.
     behind: (Option<TimelineId>, Option<Lsn>),
+    /// When something that was condemned is due.
+    prune_due: Option<Timestamp>,
 }
 
 /// Why the keeper woke up.
 enum Wake {
     Stop,
-    Asked(oneshot::Sender<Outcome>),
+    Asked(Job),
     Due(Reason),
     Sync,
+    Prune,
 }
 
 pub fn new(
@@ -114,7 +143,16 @@ pub fn new(
     let keeper = Keeper { requests: send, progress: seen, status: status.clone() };
     (
         keeper,
-        KeeperTask { context, wal, schedule, requests, progress, status, behind: (None, None) },
+        KeeperTask {
+            context,
+            wal,
+            schedule,
+            requests,
+            progress,
+            status,
+            behind: (None, None),
+            prune_due: None,
+        },
     )
 }
 
@@ -123,6 +161,8 @@ impl KeeperTask {
     pub async fn run(mut self) -> Result<()> {
         self.synchronise().await;
         let mut last = self.last_snapshot().await;
+        // What was condemned before a restart is due some time; a first snapshot prunes by itself.
+        self.prune_due = last.map(|_| Timestamp::now());
         let mut due = self.due_at_start(last);
         loop {
             let next = self.schedule.next_after(Timestamp::now());
@@ -136,7 +176,16 @@ impl KeeperTask {
                     self.synchronise().await;
                     continue;
                 }
-                Wake::Asked(reply) => {
+                Wake::Prune => {
+                    // The alarm says what went wrong.
+                    let _ = self.prune(PruneOptions::default()).await;
+                    continue;
+                }
+                Wake::Asked(Job::Prune(options, reply)) => {
+                    let _ = reply.send(self.prune(options).await);
+                    continue;
+                }
+                Wake::Asked(Job::Snapshot(reply)) => {
                     let outcome = self.take(Reason::Asked).await;
                     if let Ok(outcome) = &outcome {
                         last = self.newest(outcome);
@@ -180,6 +229,7 @@ impl KeeperTask {
         let (reason, after) = due.filter(|(_, after)| *after < scheduled.1).unwrap_or(scheduled);
         let urgent = |wal: &WalStatus| last.is_some_and(|last| reason_of(wal, last).is_some());
         let next_sync = self.next_sync();
+        let next_prune = self.prune_due.map_or(Duration::MAX, until);
         tokio::select! {
             () = self.context.stop.cancelled() => Wake::Stop,
             asked = self.requests.recv() => asked.map_or(Wake::Stop, Wake::Asked),
@@ -188,6 +238,7 @@ impl KeeperTask {
                 Wake::Due(last.and_then(|last| reason_of(&wal, last)).unwrap_or(reason))
             }
             () = tokio::time::sleep(next_sync), if due.is_none() => Wake::Sync,
+            () = tokio::time::sleep(next_prune.min(Duration::from_secs(86_400 * 30))), if due.is_none() => Wake::Prune,
         }
     }
 
@@ -225,6 +276,9 @@ impl KeeperTask {
             status.running = None;
             status.last_error = error;
         });
+        if taken.is_ok() {
+            self.prune_due = Some(Timestamp::now());
+        }
         taken
     }
 
@@ -234,6 +288,29 @@ impl KeeperTask {
         let mut wal = self.wal.clone();
         let streams = wal.wait_for(|wal| wal.connected);
         let _ = tokio::time::timeout(SLOT_PATIENCE, streams).await;
+    }
+
+    /// Never beside a snapshot or a copying of ours: all of it is this task.
+    async fn prune(&mut self, options: PruneOptions) -> Result<PruneReport> {
+        let report = tokio::select! {
+            () = self.context.stop.cancelled() => return Err(Error::new(Kind::Cancelled, "the agent is stopping")),
+            report = prune::run(&self.context, options) => report,
+        };
+        let again = Timestamp::now().checked_add(PRUNE_AGAIN_AFTER).ok();
+        self.prune_due = match &report {
+            // A moment later, for stores whose times are whole seconds.
+            Ok(report) if report.failed.is_empty() => {
+                let due =
+                    report.next_due().and_then(|due| due.checked_add(Duration::from_secs(1)).ok());
+                due.map(|due| due.max(Timestamp::now() + PRUNE_PAUSE_MIN))
+            }
+            Ok(_) => again,
+            Err(error) => {
+                tracing::warn!("not pruned: {error}");
+                again
+            }
+        };
+        report
     }
 
     /// Snapshots sort by the second in their names: a new one must not share it with the newest.

@@ -22,6 +22,7 @@
 //! | [`schedule`], [`keeper`] | when a snapshot is taken, and the one task that takes it |
 //! | [`epochs`], [`writer`] | data keys; writing to a location in the order of the format |
 //! | [`sync`] | copies to a location what it lacks |
+//! | [`prune`] | deletes what no moment of the window needs |
 //! | [`control`], [`status`], [`alarms`] | what the running agent tells |
 //! | [`context`] | what every task is given |
 
@@ -33,6 +34,7 @@ pub mod control;
 pub mod epochs;
 pub mod init;
 pub mod keeper;
+pub mod prune;
 mod run;
 pub mod schedule;
 pub mod snapshot;

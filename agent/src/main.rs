@@ -3,6 +3,8 @@
 use anyhow::anyhow;
 use backstay_agent::control::{self, Reply, Request};
 use backstay_agent::init::Initialised;
+use backstay_agent::prune::PruneOptions;
+use backstay_agent::prune::pins::PinRequest;
 use backstay_agent::{check, init, status};
 use backstay_common::config::Settings;
 use backstay_common::{Error, Kind};
@@ -38,6 +40,46 @@ enum Verb {
     /// Ask the running agent for a snapshot now, and wait for it.
     Snapshot {
         /// Print the outcome as JSON.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Delete what no moment of the window needs: condemn it, and delete what was condemned a day ago.
+    Prune {
+        /// Only say what may go, and why.
+        #[arg(long)]
+        dry_run: bool,
+        /// The config's window is shorter than the last one applied, and that is meant.
+        #[arg(long)]
+        accept_window: bool,
+        /// Print the report as JSON.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Hold a snapshot, so that prune leaves it alone.
+    Pin {
+        /// Its id, or the beginning of it.
+        snapshot: String,
+        /// Why, for whoever finds it later.
+        #[arg(long)]
+        reason: String,
+        /// When the pin ends by itself, such as 2027-01-31T00:00:00Z.
+        #[arg(long)]
+        until: Option<jiff::Timestamp>,
+        /// Keep all WAL from its start on, not only what makes it consistent.
+        #[arg(long)]
+        with_wal: bool,
+        #[arg(long)]
+        json: bool,
+    },
+    /// Give back the pins of a snapshot, or one pin.
+    Unpin {
+        /// A snapshot's id or the beginning of it, or a pin's id.
+        which: String,
+        #[arg(long)]
+        json: bool,
+    },
+    /// Acknowledge damaged pages: what was kept because it has them whole may go.
+    AckDamage {
         #[arg(long)]
         json: bool,
     },
@@ -92,6 +134,15 @@ async fn run(arguments: Arguments) -> anyhow::Result<u8> {
         }
         Verb::Snapshot { json } => run_snapshot(&settings, json).await,
         Verb::Status { json } => run_status(&settings, json).await,
+        Verb::Prune { dry_run, accept_window, json } => {
+            run_prune(&settings, PruneOptions { dry_run, accept_window }, json).await
+        }
+        Verb::Pin { snapshot, reason, until, with_wal, json } => {
+            let request = PinRequest::Pin { snapshot, reason, until, with_wal };
+            run_pins(&settings, request, json).await
+        }
+        Verb::Unpin { which, json } => run_pins(&settings, PinRequest::Unpin { which }, json).await,
+        Verb::AckDamage { json } => run_pins(&settings, PinRequest::AckDamage, json).await,
     }
 }
 
@@ -152,6 +203,26 @@ async fn run_snapshot(settings: &Settings, json: bool) -> anyhow::Result<u8> {
         false => println!("{outcome}"),
     }
     Ok(if outcome.pending.is_empty() { 0 } else { Kind::Storage.exit_code() })
+}
+
+async fn run_prune(settings: &Settings, options: PruneOptions, json: bool) -> anyhow::Result<u8> {
+    let reply = control::ask(&settings.state_dir, Request::Prune(options), |_| {}).await?;
+    let Reply::Pruned(report) = reply else { return refused(reply) };
+    match json {
+        true => println!("{}", serde_json::to_string_pretty(&report)?),
+        false => print!("{report}"),
+    }
+    Ok(if report.failed.is_empty() { 0 } else { Kind::Storage.exit_code() })
+}
+
+async fn run_pins(settings: &Settings, request: PinRequest, json: bool) -> anyhow::Result<u8> {
+    let reply = control::ask(&settings.state_dir, Request::Pins(request), |_| {}).await?;
+    let Reply::Pins(outcome) = reply else { return refused(reply) };
+    match json {
+        true => println!("{}", serde_json::to_string_pretty(&outcome)?),
+        false => print!("{outcome}"),
+    }
+    Ok(if outcome.failed.is_empty() { 0 } else { Kind::Storage.exit_code() })
 }
 
 fn refused(reply: Reply) -> anyhow::Result<u8> {

@@ -16,7 +16,7 @@ use crate::status::Status;
 use crate::wal::{self, WalStatus};
 use crate::writer::Writer;
 use backstay_common::cluster::ClusterRecord;
-use backstay_common::config::Settings;
+use backstay_common::config::{GRACE, Settings};
 use backstay_common::keys::Keyring;
 use backstay_common::location::Location;
 use backstay_common::{Context, Error, Kind, Result};
@@ -39,6 +39,11 @@ pub async fn run(settings: Settings) -> Result<()> {
     let stop = CancellationToken::new();
     stop_on_signals(stop.clone())?;
     let provider = settings.keys.provider()?;
+    if settings.retention.grace < GRACE {
+        tracing::warn!(
+            "[retention] grace is below 24 h: a restore that is running may lose what it reads; this is for trials only"
+        );
+    }
     let schedule =
         Schedule::parse(&settings.snapshot.schedule, settings.snapshot.time_zone.clone())?;
     let _lock = lock_state_dir(&settings).await?;
@@ -95,7 +100,7 @@ async fn supervise(
     let mut tasks = JoinSet::new();
     tasks.spawn(wal::run(context.clone(), wal_status));
     tasks.spawn(keeper_task.run());
-    tasks.spawn(control::serve(listener, status, keeper, context.stop.clone()));
+    tasks.spawn(control::serve(listener, status, keeper, context.clone()));
 
     let mut result = Ok(());
     while let Some(ended) = tasks.join_next().await {

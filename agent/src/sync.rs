@@ -9,6 +9,7 @@
 //! killed between the PUT of the span and their deletion. A name proves nothing: the span is read whole and opened first.
 
 use crate::context::AgentContext;
+use crate::prune;
 use backstay_common::id::{Branch, LocationName, ObjectId, SystemId};
 use backstay_common::location::Location;
 use backstay_common::lsn::{Lsn, LsnRange};
@@ -46,7 +47,13 @@ pub async fn run(context: &AgentContext) -> Result<SyncReport> {
             Err(error) => report.failed.push((location.name().clone(), error.message().into())),
         }
     }
-    let all: BTreeSet<ObjectName> = present.iter().flat_map(|(_, names)| names).cloned().collect();
+    let mut all: BTreeSet<ObjectName> =
+        present.iter().flat_map(|(_, names)| names).cloned().collect();
+    if present.iter().any(|(_, names)| !missing(names, &all).concat().is_empty()) {
+        // What one location has let go of does not come back from another that has it still.
+        let unneeded = prune::unneeded(context).await;
+        all.retain(|name| !unneeded.contains(name));
+    }
     for (location, names) in &present {
         match copy_missing(location, names, &all, &present).await {
             Ok(0) => delete_superseded(context, location, names).await,
@@ -170,10 +177,13 @@ fn missing(has: &BTreeSet<ObjectName>, all: &BTreeSet<ObjectName>) -> Vec<Vec<Ob
     for name in all.difference(has).filter(|name| !is_covered(name)) {
         let group = match name {
             ObjectName::Wrap { .. } => 0,
-            ObjectName::Origin { .. } | ObjectName::Begin { .. } => 1,
+            ObjectName::Origin { .. } | ObjectName::Begin { .. } | ObjectName::Pin { .. } => 1,
             ObjectName::Pack { .. } | ObjectName::Wal { .. } => 2,
             ObjectName::Manifest { .. } => 3,
-            ObjectName::Cluster | ObjectName::Head { .. } => continue,
+            // They speak of one location.
+            ObjectName::Cluster | ObjectName::Head { .. } | ObjectName::Condemned { .. } => {
+                continue;
+            }
         };
         groups[group].push(name.clone());
     }

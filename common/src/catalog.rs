@@ -97,6 +97,8 @@ pub struct Catalog {
     pub branches: BTreeMap<Branch, BranchEntry>,
     pub snapshots: BTreeMap<SnapshotId, SnapshotEntry>,
     pub heads: BTreeMap<AgentName, BTreeMap<u64, Places>>,
+    /// Of each pin the last record, which counts, and where it is.
+    pub pins: BTreeMap<ObjectId, (u64, Places)>,
 }
 
 impl Catalog {
@@ -135,6 +137,7 @@ impl Catalog {
             branches: BTreeMap::new(),
             snapshots: BTreeMap::new(),
             heads: BTreeMap::new(),
+            pins: BTreeMap::new(),
         }
     }
 
@@ -162,6 +165,14 @@ impl Catalog {
             Some(ObjectName::Head { agent, seq, .. }) => {
                 join(self.heads.entry(agent.clone()).or_default().entry(*seq).or_default());
             }
+            Some(ObjectName::Pin { pin, seq, .. }) => {
+                let last = self.pins.entry(*pin).or_insert((*seq, here));
+                match seq.cmp(&last.0) {
+                    std::cmp::Ordering::Less => {}
+                    std::cmp::Ordering::Equal => join(&mut last.1),
+                    std::cmp::Ordering::Greater => *last = (*seq, here),
+                }
+            }
             _ => {}
         }
     }
@@ -170,7 +181,12 @@ impl Catalog {
 type WalByName = BTreeMap<(Branch, LsnRange, ObjectId), (u64, Places)>;
 
 async fn listing(location: &Location, system: SystemId) -> Result<Vec<Listed>> {
-    let folders = [folder::wal(system), folder::snapshots(system), folder::heads(system)];
+    let folders = [
+        folder::wal(system),
+        folder::snapshots(system),
+        folder::heads(system),
+        folder::pins(system),
+    ];
     let lists = futures::future::try_join_all(folders.iter().map(|f| location.list(f))).await?;
     Ok(lists.concat())
 }

@@ -91,6 +91,30 @@ pub struct SnapshotSettings {
 pub struct RetentionSettings {
     /// How far back recovery must reach.
     pub window: Duration,
+    /// So many of the newest snapshots stay in any case.
+    pub keep_last: usize,
+    /// One snapshot stays for each of so many weeks,
+    pub weekly: usize,
+    /// and months, with only the WAL that makes it consistent.
+    pub monthly: usize,
+    /// How long what is condemned waits for its deletion; less than a day is for trying things out.
+    pub grace: Duration,
+}
+
+/// The grace period that a restore beside prune relies on.
+pub const GRACE: Duration = Duration::from_secs(86_400);
+
+impl RetentionSettings {
+    /// As the judgement wants them.
+    pub fn rules(&self) -> crate::retention::Rules {
+        let (keep_last, weekly, monthly) = (self.keep_last, self.weekly, self.monthly);
+        crate::retention::Rules {
+            keep_last,
+            weekly,
+            monthly,
+            ..crate::retention::Rules::window(self.window)
+        }
+    }
 }
 
 /// Who holds the key-encryption key.
@@ -264,11 +288,23 @@ fn snapshot(mut t: Reader<'_>) -> SnapshotSettings {
 }
 
 fn retention(mut t: Reader<'_>) -> RetentionSettings {
+    const HOUR: Duration = Duration::from_secs(3600);
+    let grace = t.duration("grace").unwrap_or(GRACE);
     let window = t.duration("window").unwrap_or(Duration::from_secs(7 * 86_400));
-    if window < Duration::from_secs(3600) {
+    if window < HOUR && grace >= GRACE {
         t.fault("window", "shorter than an hour", "give a duration such as \"7d\" or \"30d\"");
     }
-    RetentionSettings { window }
+    if window > Duration::from_secs(100 * 366 * 86_400) {
+        t.fault("window", "longer than a century", "give a duration such as \"7d\" or \"30d\"");
+    }
+    if grace > 30 * GRACE {
+        t.fault("grace", "longer than 30 days", "leave it out: a day is right");
+    }
+    let keep_last = t.integer("keep-last", 1..=100_000).unwrap_or(1) as usize;
+    let mut keep = t.table("keep");
+    let weekly = keep.integer("weekly", 0..=10_000).unwrap_or(0) as usize;
+    let monthly = keep.integer("monthly", 0..=10_000).unwrap_or(0) as usize;
+    RetentionSettings { window, keep_last, weekly, monthly, grace }
 }
 
 fn keys(mut t: Reader<'_>) -> KeySettings {

@@ -22,14 +22,18 @@
 //! | [`seal`], [`cbor`], [`pool`] | the envelope of every object; encoded metadata; where codecs run |
 //! | [`cluster`], [`origin`], [`span`], [`head`] | the marker of a location; branches; stored WAL; idle coverage |
 //! | [`snapshot`] | file maps, file table, manifest |
+//! | [`pin`], [`condemned`] | what somebody holds; what prune is about to delete |
 //! | [`location`] | one object store that holds a complete copy |
 //! | [`catalog`] | what is in the locations, once listed |
+//! | [`line`](mod@line) | a branch with its ancestors |
+//! | [`retention`] | what must stay, and what may go |
 //!
 //! [`format`](mod@format) has every byte.
 
 pub mod catalog;
 pub mod cbor;
 pub mod cluster;
+pub mod condemned;
 pub mod config;
 pub mod control;
 pub mod error;
@@ -37,14 +41,17 @@ pub mod format;
 pub mod head;
 pub mod id;
 pub mod keys;
+pub mod line;
 pub mod location;
 pub mod lsn;
 pub mod name;
 pub mod origin;
 pub mod page;
 pub mod pgtime;
+pub mod pin;
 pub mod pool;
 pub mod postgres;
+pub mod retention;
 pub mod seal;
 pub mod segment;
 pub mod snapshot;

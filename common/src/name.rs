@@ -26,6 +26,10 @@ pub enum ObjectName {
     Begin { system: SystemId, snapshot: SnapshotId },
     /// A snapshot is complete here.
     Manifest { system: SystemId, snapshot: SnapshotId },
+    /// Somebody holds a snapshot; the greatest `seq` of a pin speaks for it.
+    Pin { system: SystemId, pin: ObjectId, seq: u64 },
+    /// What prune is about to delete.
+    Condemned { system: SystemId, run: ObjectId },
 }
 
 /// Folders of a location, for listings. Each ends in `/`.
@@ -70,6 +74,14 @@ pub mod folder {
     pub fn snapshots(system: SystemId) -> String {
         format!("{system}/snapshots/")
     }
+
+    pub fn pins(system: SystemId) -> String {
+        format!("{system}/pins/")
+    }
+
+    pub fn condemned(system: SystemId) -> String {
+        format!("{system}/condemned/")
+    }
 }
 
 impl ObjectName {
@@ -83,7 +95,9 @@ impl ObjectName {
             | ObjectName::Head { system, .. }
             | ObjectName::Pack { system, .. }
             | ObjectName::Begin { system, .. }
-            | ObjectName::Manifest { system, .. } => Some(*system),
+            | ObjectName::Manifest { system, .. }
+            | ObjectName::Pin { system, .. }
+            | ObjectName::Condemned { system, .. } => Some(*system),
         }
     }
 }
@@ -94,7 +108,8 @@ impl ObjectName {
         match self {
             ObjectName::Wrap { wrap: id, .. }
             | ObjectName::Wal { id, .. }
-            | ObjectName::Pack { id, .. } => Some(*id),
+            | ObjectName::Pack { id, .. }
+            | ObjectName::Condemned { run: id, .. } => Some(*id),
             _ => None,
         }
     }
@@ -123,6 +138,8 @@ impl fmt::Display for ObjectName {
             ObjectName::Manifest { system, snapshot } => {
                 write!(f, "{system}/snapshots/{snapshot}/manifest")
             }
+            ObjectName::Pin { system, pin, seq } => write!(f, "{system}/pins/{pin}/{seq:020}"),
+            ObjectName::Condemned { system, run } => write!(f, "{system}/condemned/{run}"),
         }
     }
 }
@@ -169,6 +186,10 @@ fn parse(text: &str) -> Option<ObjectName> {
         ["snapshots", snapshot, "manifest"] => {
             ObjectName::Manifest { system, snapshot: snapshot.parse().ok()? }
         }
+        ["pins", pin, seq] => {
+            ObjectName::Pin { system, pin: pin.parse().ok()?, seq: seq.parse().ok()? }
+        }
+        ["condemned", run] => ObjectName::Condemned { system, run: run.parse().ok()? },
         _ => return None,
     })
 }
@@ -182,7 +203,7 @@ mod tests {
 
     prop_compose! {
         fn any_name()(
-            which in 0..8, system: u64, bytes: [u8; 16], timeline in 1u32..,
+            which in 0..10, system: u64, bytes: [u8; 16], timeline in 1u32..,
             start in 0..u64::MAX, length in 1..u64::MAX, second in 0i64..4_000_000_000,
             agent in "[a-z][a-zA-Z0-9_.-]{0,20}", seq: u64,
         ) -> ObjectName {
@@ -201,6 +222,8 @@ mod tests {
                 4 => ObjectName::Head { system, agent: agent.parse().unwrap(), seq },
                 5 => ObjectName::Pack { system, id },
                 6 => ObjectName::Begin { system, snapshot },
+                7 => ObjectName::Pin { system, pin: id, seq },
+                8 => ObjectName::Condemned { system, run: id },
                 _ => ObjectName::Manifest { system, snapshot },
             }
         }

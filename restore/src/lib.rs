@@ -1,4 +1,4 @@
-//! The CLI: it lists, plans and restores, and writes nothing to a location.
+//! The CLI: it lists, plans and restores, and writes nothing to a location but pins on what it reads.
 //!
 //! ```text
 //! cli.rs            what was typed
@@ -13,6 +13,7 @@
 //!   │
 //! restore.rs        one screen: from the plan to the open cluster
 //!   ├ directory.rs      may it be used? locked, marked, moved aside      owner.rs, layout.rs, binaries.rs
+//!   ├ pin.rs            what is read is held, so that prune leaves it alone
 //!   ├ fetch.rs          frames, from whichever location has them whole
 //!   ├ materialize.rs    each page at its place, then all of it on disk
 //!   ├ settings_files.rs what recovery needs, what the original's role was
@@ -34,6 +35,7 @@ pub mod layout;
 pub mod list;
 pub mod materialize;
 pub mod owner;
+pub mod pin;
 pub mod plan;
 pub mod progress;
 pub mod replay;

@@ -9,12 +9,15 @@ use crate::resolve::reach::{Gap, Reach};
 use crate::resolve::survey::Survey;
 use backstay_common::Result;
 use backstay_common::catalog::Catalog;
-use backstay_common::id::{Branch, ClusterName, LocationName, SnapshotId, SystemId};
+use backstay_common::id::{Branch, ClusterName, LocationName, ObjectId, SnapshotId, SystemId};
 use backstay_common::lsn::{Lsn, LsnRange};
+use backstay_common::name::ObjectName;
 use backstay_common::pgtime::PgTime;
+use backstay_common::pin::{Hold, PinRecord};
 use backstay_common::snapshot::ManifestPlain;
 use jiff::Timestamp;
 use serde::Serialize;
+use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::Arc;
 
@@ -40,6 +43,20 @@ pub struct ListedSnapshot {
     pub locations: Vec<LocationName>,
     /// Where it has been begun and is not complete.
     pub incomplete_at: Vec<LocationName>,
+    /// What holds it, so that prune leaves it alone.
+    pub pins: Vec<ListedPin>,
+}
+
+/// A pin that holds.
+#[derive(Clone, Debug, Serialize)]
+pub struct ListedPin {
+    pub pin: ObjectId,
+    pub reason: String,
+    pub by: String,
+    /// Without it, until somebody gives it back.
+    pub until: Option<Timestamp>,
+    /// All WAL from the snapshot's start on is held too.
+    pub with_wal: bool,
 }
 
 /// What a manifest says.
@@ -90,14 +107,47 @@ pub async fn list(access: &Access) -> Result<Listing> {
     for &branch in survey.pasts.keys() {
         branches.push(listed_branch(&survey, branch).await?);
     }
+    let mut notes = survey.notes.clone();
+    let mut pins = pins(access, &catalog, &mut notes).await;
+    let mut snapshots = snapshots(&survey, &catalog);
+    for snapshot in &mut snapshots {
+        snapshot.pins = pins.remove(&snapshot.id).unwrap_or_default();
+    }
     Ok(Listing {
         cluster: access.cluster.clone(),
         system: access.system,
-        snapshots: snapshots(&survey, &catalog),
+        snapshots,
         branches,
         unreachable: [&access.unreachable[..], &catalog.unreachable[..]].concat(),
-        notes: survey.notes.clone(),
+        notes,
     })
+}
+
+/// The pins that hold now. One that cannot be read is noted.
+async fn pins(
+    access: &Access,
+    catalog: &Catalog,
+    notes: &mut Vec<String>,
+) -> BTreeMap<SnapshotId, Vec<ListedPin>> {
+    let now = Timestamp::now().as_second();
+    let mut pins: BTreeMap<SnapshotId, Vec<ListedPin>> = BTreeMap::new();
+    for (&pin, &(seq, places)) in &catalog.pins {
+        let name = ObjectName::Pin { system: catalog.system, pin, seq };
+        match access.read(&name, places, PinRecord::open).await {
+            Ok(record) if record.holds(now) => {
+                pins.entry(record.snapshot).or_default().push(ListedPin {
+                    pin,
+                    until: record.until.and_then(|until| Timestamp::from_second(until).ok()),
+                    with_wal: record.hold == Hold::Onwards,
+                    reason: record.reason,
+                    by: record.by,
+                })
+            }
+            Ok(_) => {}
+            Err(error) => notes.push(format!("pin {pin} is left out: {}", error.message())),
+        }
+    }
+    pins
 }
 
 fn snapshots(survey: &Survey, catalog: &Catalog) -> Vec<ListedSnapshot> {
@@ -108,6 +158,7 @@ fn snapshots(survey: &Survey, catalog: &Catalog) -> Vec<ListedSnapshot> {
             complete: survey.snapshots.get(&id).map(|plain| complete(survey, id, plain)),
             locations: catalog.names(entry.manifest),
             incomplete_at: incomplete.map(|index| catalog.locations[index].clone()).collect(),
+            pins: Vec::new(),
         }
     });
     listed.collect()
@@ -237,10 +288,16 @@ impl fmt::Display for ListedSnapshot {
         if complete.corrupt_pages > 0 {
             write!(f, "; {} damaged pages", complete.corrupt_pages)?;
         }
-        match complete.is_usable {
-            true => Ok(()),
-            false => f.write_str("; its WAL is not all there"),
+        if !complete.is_usable {
+            f.write_str("; its WAL is not all there")?;
         }
+        for pin in &self.pins {
+            write!(f, "\n  pinned by {} ({}): {}", pin.by, pin.pin, pin.reason)?;
+            if let Some(until) = pin.until {
+                write!(f, ", until {until}")?;
+            }
+        }
+        Ok(())
     }
 }
 
@@ -292,7 +349,30 @@ mod tests {
         let begin = Begin { snapshot: begun, agent, parent: None, generation: 0 };
         repo.put(&begin.seal(&repo.epoch, SYSTEM), &[1]).await;
 
+        for (seq, reason) in [(0, "first words"), (1, "before the migration")] {
+            let pin = PinRecord {
+                snapshot: first,
+                hold: Hold::Consistent,
+                reason: reason.into(),
+                by: "db1".into(),
+                made: 0,
+                until: None,
+                released: false,
+                damage: None,
+            };
+            let id = ObjectId::from_bytes([seq; 8]);
+            repo.put(
+                &pin.seal(&repo.epoch, SYSTEM, ObjectId::from_bytes([7; 8]), seq.into()),
+                &[1],
+            )
+            .await;
+            repo.put(&pin.given_back().seal(&repo.epoch, SYSTEM, id, 9), &[0]).await;
+        }
+
         let listing = list(&repo.access).await.unwrap();
+        let pins: Vec<&str> = listing.snapshots[0].pins.iter().map(|pin| &pin.reason[..]).collect();
+        assert_eq!(pins, ["before the migration"]);
+        assert!(listing.to_string().contains("pinned by db1 (0707070707070707): before"));
         let branch = &listing.branches[0];
         assert_eq!(branch.gaps, [(gap_start, gap_end)]);
         let stretch = &branch.recoverable[0];

@@ -18,6 +18,7 @@ use crate::fetch::{Packs, read_manifest};
 use crate::layout::{Layout, Mapping};
 use crate::materialize::{Materialize, sync_file_systems};
 use crate::owner::{Owner, is_root};
+use crate::pin::Held;
 use crate::plan::Plan;
 use crate::progress::Progress;
 use crate::replay::{self, Reached};
@@ -78,6 +79,9 @@ pub async fn restore(
     let ready = prepare(access, plan, request).await?;
     let mut report = Report::new(plan, request.dir.clone());
     report.phase("plan", begun.elapsed().as_secs_f64());
+    // Before anything is fetched; a restore that fails leaves it, and may be taken up while it holds.
+    let held = Held::take(access, &catalog, plan, &request.dir).await?;
+    report.notes.extend(held.notes.iter().cloned());
     let claim = ready.claim()?;
     report.moved_to = claim.moved_to.clone();
     ready.materialize(access, &claim, &mut report).await?;
@@ -88,6 +92,7 @@ pub async fn restore(
         true => ready.start(&claim, &spool, &*read, &mut report).await?,
         false => ready.leave_ready(&claim, &spool, &*read, &mut report).await?,
     }
+    held.give_back().await;
     report.total_seconds = begun.elapsed().as_secs_f64();
     Ok(report)
 }

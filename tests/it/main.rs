@@ -12,6 +12,7 @@
 //! | `s3` | the same over S3, with faults and refusing locations |
 //! | `integrity` | damaged, missing and swapped objects, wrong keys and clusters |
 //! | `refusals` | bad input: the thing, the reason, the remedy, the exit code |
+//! | `retention` | prune, pins, and restores beside them |
 //! | `tls` | logins over TLS |
 //! | `status` | what the running agent tells, and when it takes snapshots |
 
@@ -24,6 +25,7 @@ mod kill;
 mod options;
 mod refusals;
 mod restore;
+mod retention;
 mod s3;
 mod site;
 mod status;

@@ -5,6 +5,7 @@
 //! the background, object by object, and a restart begins it again from the listings.
 
 use super::WalPath;
+use crate::prune;
 use backstay_common::id::{Branch, EpochId};
 use backstay_common::location::Location;
 use backstay_common::lsn::{Lsn, LsnRange, covered_until};
@@ -66,6 +67,11 @@ async fn fill(
     if first_hole(&mut have, until).is_none() {
         return Ok(None);
     }
+    // Between snapshots that outlive the window there is no WAL, and none is missed.
+    if let Some(needed) = prune::needed_wal(&path.context).await {
+        let between = unneeded(needed.get(&branch).map_or(&[][..], Vec::as_slice), &have);
+        have.extend(between);
+    }
     for other in (0..path.context.writers.len()).filter(|&other| other != location) {
         let Ok(offered) = objects(path, other, branch).await else { continue };
         for (range, name) in offered {
@@ -77,6 +83,13 @@ async fn fill(
         }
     }
     Ok(first_hole(&mut have, until))
+}
+
+/// What lies between `needed`, which is disjoint and sorted, after the first of `have`.
+fn unneeded(needed: &[LsnRange], have: &[LsnRange]) -> Vec<LsnRange> {
+    let Some(begin) = have.iter().map(|range| range.start).min() else { return Vec::new() };
+    let between = needed.windows(2).map(|two| LsnRange::new(two[0].end, two[1].start));
+    between.filter(|range| range.start >= begin).collect()
 }
 
 /// The first hole after the first range and before `until`.
@@ -181,6 +194,16 @@ mod tests {
         assert_eq!(first_hole(&mut [range(10, 120)], until), None);
         assert_eq!(first_hole(&mut [range(10, 50)], until), Some(range(50, 100)));
         assert_eq!(first_hole(&mut [range(10, 50), range(60, 100)], until), Some(range(50, 60)));
+    }
+
+    #[test]
+    fn what_nobody_needs_is_no_hole() {
+        let mut have = vec![range(10, 20), range(50, 120)];
+        have.extend(unneeded(&[range(10, 20), range(50, u64::MAX)], &have));
+        assert_eq!(first_hole(&mut have, Lsn::new(100)), None);
+        let mut have = vec![range(10, 20), range(50, 120)];
+        have.extend(unneeded(&[range(10, 20), range(40, u64::MAX)], &have));
+        assert_eq!(first_hole(&mut have, Lsn::new(100)), Some(range(40, 50)));
     }
 
     #[test]

@@ -47,6 +47,28 @@ fn the_example_is_read() {
 }
 
 #[test]
+fn what_is_kept_longer_is_read_and_bad_numbers_are_refused() {
+    let retention = |lines: &str| parse(&EXAMPLE.replace("window = \"30d\"", lines));
+    let kept = retention("keep-last = 3\nkeep = { weekly = 8, monthly = 12 }").unwrap().retention;
+    assert_eq!((kept.keep_last, kept.weekly, kept.monthly), (3, 8, 12));
+    assert_eq!((kept.window, kept.grace), (Duration::from_secs(7 * 86_400), GRACE));
+    assert_eq!(kept.rules().margin, Duration::from_secs(3600));
+    let trial = retention("window = \"20s\"\ngrace = \"0s\"").unwrap().retention;
+    assert_eq!(trial.rules().margin, Duration::from_secs(20));
+    for (lines, part) in [
+        ("window = \"20s\"", "shorter than an hour"),
+        ("keep-last = 0", "from 1 to"),
+        ("keep = { weekly = -1 }", "weekly"),
+        ("keep = { daily = 3 }", "correct it to one of: weekly, monthly"),
+        ("keep = 3", "no table"),
+        ("grace = \"60d\"", "leave it out"),
+    ] {
+        let faults = retention(lines).unwrap_err();
+        assert!(faults.len() == 1 && faults[0].contains(part), "{lines}: {faults:?}");
+    }
+}
+
+#[test]
 fn every_fault_is_reported_with_its_line_and_remedy() {
     let text = r#"
 cluster = "or/ders"

@@ -27,6 +27,7 @@ pub async fn all(location: &Location) {
     one_of_many_writers_creates(location).await;
     empty_object(location).await;
     probe(location).await;
+    clock(location).await;
 }
 
 fn pack() -> ObjectName {
@@ -195,4 +196,14 @@ pub async fn probe(location: &Location) {
     let probe = location.probe().await.unwrap();
     assert!(probe.deletes);
     assert_eq!(location.list("probe/").await.unwrap(), []);
+}
+
+/// The store's clock goes on, is near ours here, and leaves nothing behind.
+pub async fn clock(location: &Location) {
+    let first = location.clock().await.unwrap();
+    assert!(location.clock().await.unwrap() >= first);
+    let off = jiff::Timestamp::now().as_second() - first.as_second();
+    assert!((-600..600).contains(&off), "{off} s off");
+    let left = location.list("probe/").await.unwrap();
+    assert!(left.iter().all(|object| !object.path.ends_with("/clock")), "{left:?}");
 }

@@ -122,6 +122,14 @@ impl Disk {
         folder.ancestors().take_while(|f| f.starts_with(self.root())).try_for_each(sync)
     }
 
+    /// Syncs the folder that `file` was deleted from, if there is one.
+    pub(super) fn settle_deletion(&self, file: &Path) -> Result<()> {
+        match file.parent().filter(|folder| folder.is_dir()) {
+            Some(folder) => sync(folder),
+            None => Ok(()),
+        }
+    }
+
     fn synced(&self) -> std::sync::MutexGuard<'_, HashSet<PathBuf>> {
         self.0.synced.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -70,6 +70,16 @@ impl Location {
         self.delete_at(&paths).await
     }
 
+    /// `delete`, and not before all of it is durable: what is deleted afterwards can rely on it.
+    pub async fn delete_durably(&self, names: &[ObjectName]) -> Result<()> {
+        self.delete(names).await?;
+        let files: std::collections::BTreeSet<std::path::PathBuf> = names
+            .iter()
+            .map(|name| Ok(format!("/{}", self.at(&name.to_string())?).into()))
+            .collect::<Result<_>>()?;
+        self.on_disk(move |disk| files.iter().try_for_each(|file| disk.settle_deletion(file))).await
+    }
+
     pub(super) async fn delete_at(&self, paths: &[String]) -> Result<()> {
         if paths.is_empty() {
             return Ok(());

@@ -38,6 +38,21 @@ impl Location {
         Ok(Probe { deletes, put_time, object_bytes_max: OBJECT_BYTES_MAX })
     }
 
+    /// The store's clock, as a fresh object shows it: the one clock that tells how long an object has been there. The
+    /// object, under `probe/`, is deleted again if this identity may.
+    pub async fn clock(&self) -> Result<jiff::Timestamp> {
+        let folder = format!("probe/{:016x}/", u64::from_be_bytes(random_bytes()));
+        let path = format!("{folder}clock");
+        self.put_at(&path, Bytes::from(random_bytes::<16>().to_vec())).await?;
+        let listed = self.list(&folder).await;
+        // Nobody misses what is left under `probe/`.
+        let _ = self.delete_at(std::slice::from_ref(&path)).await;
+        let found = listed?.into_iter().find(|object| object.path == path);
+        found
+            .map(|object| object.modified)
+            .ok_or_else(|| self.unfit("a listing does not show what has just been stored"))
+    }
+
     async fn try_out(&self, folder: &str, paths: &[String; 2]) -> Result<Duration> {
         let bytes = Bytes::from(random_bytes::<PROBE_BYTES>().to_vec());
         let other = Bytes::from(random_bytes::<PROBE_BYTES>().to_vec());

@@ -1,5 +1,6 @@
 //! What the fixtures hold.
 
+use backstay_common::condemned::Condemned;
 use backstay_common::head::Head;
 use backstay_common::id::{Branch, SnapshotId, SystemId};
 use backstay_common::keys::Keyring;
@@ -9,6 +10,7 @@ use backstay_common::lsn::{Lsn, LsnRange};
 use backstay_common::name::ObjectName;
 use backstay_common::origin::Beginnings;
 use backstay_common::pgtime::PgTime;
+use backstay_common::pin::{Hold, PinRecord, damage_pin};
 use backstay_common::segment::TimelineId;
 use backstay_common::snapshot::{Begin, FileDigest, PageHash, page_hash};
 use backstay_common::span::SpanMeta;
@@ -114,6 +116,32 @@ pub fn snapshot() -> SnapshotId {
 pub fn begin() -> Begin {
     let parent = Some("20261121T020000Z-00c0ffee".parse().unwrap());
     Begin { snapshot: snapshot(), agent: "db1".parse().unwrap(), parent, generation: 3 }
+}
+
+/// A pin for the sake of damage, and the same given back, with their numbers.
+pub fn pins() -> [(ObjectName, PinRecord); 2] {
+    let pin = PinRecord {
+        snapshot: "20261121T020000Z-00c0ffee".parse().unwrap(),
+        hold: Hold::Onwards,
+        reason: "one page of base/1259".into(),
+        by: "db1".into(),
+        made: 1_795_312_800,
+        until: Some(1_795_399_200),
+        released: false,
+        damage: Some(snapshot()),
+    };
+    let name = |seq| ObjectName::Pin { system: SYSTEM, pin: damage_pin(snapshot()), seq };
+    [(name(0), pin.clone()), (name(1), PinRecord { until: None, damage: None, ..pin.given_back() })]
+}
+
+pub fn condemned() -> Condemned {
+    Condemned {
+        agent: "db1".parse().unwrap(),
+        generation: 3,
+        window: 604_800,
+        made: 1_795_312_800,
+        names: vec![format!("{SYSTEM}/pack/0000000000000001")],
+    }
 }
 
 /// Four pages; the third was taken again in a delta frame.

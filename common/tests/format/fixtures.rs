@@ -3,10 +3,12 @@
 use crate::contents::*;
 use backstay_common::cbor;
 use backstay_common::cluster::ClusterRecord;
+use backstay_common::condemned::Condemned;
 use backstay_common::head::Head;
 use backstay_common::keys::Epoch;
 use backstay_common::name::{ObjectName, folder};
 use backstay_common::origin::Origin;
+use backstay_common::pin::PinRecord;
 use backstay_common::seal::{Codec, FrameSpan, Header, Object, ObjectKind, Opener, Unpacker};
 use backstay_common::snapshot::manifest::read_plain;
 use backstay_common::snapshot::{
@@ -41,7 +43,7 @@ fn of_kind(objects: &BTreeMap<ObjectName, Bytes>, kind: ObjectKind) -> Vec<(&Obj
 #[tokio::test]
 async fn every_object_checks_without_a_key() {
     let (objects, _) = all().await;
-    assert_eq!(objects.len(), 11);
+    assert_eq!(objects.len(), 14);
     for (name, bytes) in &objects {
         assert_eq!(Header::check(bytes, name).unwrap().name(), name);
     }
@@ -50,6 +52,11 @@ async fn every_object_checks_without_a_key() {
     assert_eq!(cluster, ClusterRecord::new("orders".parse().unwrap(), SYSTEM, made));
     let (name, bytes) = of_kind(&objects, ObjectKind::Begin).remove(0);
     assert_eq!(Begin::read(&bytes, name).unwrap(), begin());
+    for (name, pin) in pins() {
+        assert_eq!(PinRecord::read(&objects[&name], &name).unwrap(), pin);
+    }
+    let (name, bytes) = of_kind(&objects, ObjectKind::Condemned).remove(0);
+    assert_eq!(Condemned::read(&bytes, name).unwrap(), condemned());
 }
 
 #[tokio::test]

@@ -1,6 +1,7 @@
 //! Makes the fixtures, once for each format version: `cargo test -p backstay-common --test format -- --ignored`.
 
 use crate::contents::*;
+use crate::fixtures::all;
 use backstay_common::cbor;
 use backstay_common::cluster::ClusterRecord;
 use backstay_common::keys::file::FileProvider;
@@ -39,6 +40,19 @@ async fn make_fixtures() {
     write(&begin().seal(&epoch, SYSTEM));
     let (packs, table) = store_files(&epoch);
     write(&manifest(&epoch, &packs, table).seal(&epoch).unwrap());
+}
+
+/// Kinds that came later are added, under the epoch that is there.
+#[tokio::test]
+#[ignore = "fixtures are files, and are never made again"]
+async fn make_pins_and_condemned() {
+    let (objects, epoch) = all().await;
+    assert_eq!(objects.len(), 11, "fixtures are never made again");
+    for (name, pin) in pins() {
+        let ObjectName::Pin { pin: id, seq, .. } = name else { unreachable!() };
+        write(&pin.seal(&epoch, SYSTEM, id, seq));
+    }
+    write(&condemned().seal(&epoch, SYSTEM));
 }
 
 fn write(sealed: &Sealed) {

@@ -1,0 +1,266 @@
+//! Prune: what no moment of the window needs goes, in two steps and a day apart.
+//!
+//! ```text
+//! look (each location) ─► judge ─► mark ─► condemn what is new          condemned/<run>
+//!                                    └───► delete what was condemned a day ago, and is marked again
+//! ```
+//!
+//! | file | what it does |
+//! |---|---|
+//! | `store` | what is asked of a location |
+//! | `look` | lists it, and reads what says what is needed |
+//! | `mark` | what neither the location nor all of them together need |
+//! | `execute` | condemns, and deletes: manifests first |
+//! | `pins` | holds snapshots, and acknowledges damage |
+//! | `report` | what was done |
+//!
+//! What always holds: nothing is deleted that was not marked twice, at least the grace period apart by the store's clock,
+//! and the second time just before; that a manifest which is still listed needs; or that a pin holds which was there when
+//! the manifest went. A location that cannot be read whole, or whose clock is more than five minutes off ours, is left
+//! alone. A crash leaves objects that the next run marks again.
+
+mod execute;
+mod look;
+mod mark;
+pub mod pins;
+mod report;
+mod store;
+
+pub use report::{Amount, LocationReport, PruneReport};
+pub use store::{AgentStore, Store};
+
+use crate::context::AgentContext;
+use backstay_common::id::{AgentName, Branch, LocationName, SystemId};
+use backstay_common::keys::Epoch;
+use backstay_common::lsn::LsnRange;
+use backstay_common::name::ObjectName;
+use backstay_common::pin::{Hold, PinRecord, damage_pin};
+use backstay_common::retention::{DamageHold, Rules, Verdict, View, judge};
+use backstay_common::{Error, Kind, Result};
+use execute::Execution;
+use futures::future::join_all;
+use jiff::Timestamp;
+use look::{Look, look};
+use mark::Window;
+use serde::{Deserialize, Serialize};
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use std::time::Duration;
+
+/// How far the clocks of a store and of this host may be apart.
+const CLOCK_OFF_MAX: Duration = Duration::from_secs(300);
+
+/// How a run was asked for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PruneOptions {
+    /// Only say what would be done.
+    pub dry_run: bool,
+    /// A window that is shorter than the last one applied is meant.
+    pub accept_window: bool,
+}
+
+/// A run over any stores.
+#[derive(Debug)]
+pub struct Pruner<'a, S> {
+    pub stores: &'a [S],
+    pub system: SystemId,
+    pub agent: &'a AgentName,
+    pub rules: Rules,
+    pub grace: Duration,
+    /// What lists and pins are sealed under.
+    pub epoch: Arc<Epoch>,
+    /// By this host's clock.
+    pub now: Timestamp,
+}
+
+impl<S: Store> Pruner<'_, S> {
+    /// Prunes every location that can be read. What went wrong at one is in the report. Safe to drop at any point.
+    pub async fn run(&self, options: PruneOptions) -> PruneReport {
+        let mut report = PruneReport { dry_run: options.dry_run, ..PruneReport::default() };
+        let mut looks: Vec<(&S, Look)> = Vec::new();
+        for (store, looked) in self.look().await {
+            match looked {
+                Ok(look) => looks.push((store, look)),
+                Err(error) => report.failed.push((store.name().clone(), error.to_string())),
+            }
+        }
+        let windows: Vec<Window> = looks
+            .iter()
+            .map(|(_, look)| Window::choose(look, self.rules.window, options.accept_window))
+            .collect();
+        let Some((union, together)) = self.together(&looks, &windows) else { return report };
+        let held = match options.dry_run {
+            true => BTreeMap::new(),
+            false => self.hold(&looks, &together.holds).await,
+        };
+        for ((store, look), window) in looks.into_iter().zip(windows) {
+            let execution = Execution {
+                store,
+                look,
+                union: &union,
+                together: &together,
+                rules: &self.rules,
+                window,
+                grace: self.grace,
+                agent: self.agent,
+                epoch: &self.epoch,
+            };
+            let done = match (options.dry_run, held.get(store.name())) {
+                (true, _) => Ok(execution.dry_run()),
+                (false, Some(refused)) => Err(Error::new(Kind::Storage, refused)),
+                (false, None) => execution.run().await,
+            };
+            match done {
+                Ok(done) => report.locations.push(done),
+                Err(error) => report.failed.push((store.name().clone(), error.to_string())),
+            }
+        }
+        report
+    }
+
+    /// Pins everywhere what is whole, before the snapshot that shows the damage can go. Returns where that failed.
+    async fn hold(
+        &self,
+        looks: &[(&S, Look)],
+        holds: &[DamageHold],
+    ) -> BTreeMap<LocationName, String> {
+        let mut failed = BTreeMap::new();
+        for hold in holds {
+            let pin = PinRecord {
+                snapshot: hold.whole,
+                hold: Hold::Consistent,
+                reason: format!("snapshot {} has damaged pages that are whole here", hold.damaged),
+                by: self.agent.to_string(),
+                made: self.now.as_second(),
+                until: None,
+                released: false,
+                damage: Some(hold.damaged),
+            };
+            let sealed = pin.seal(&self.epoch, self.system, damage_pin(hold.damaged), 0);
+            for (store, _) in looks {
+                match store.put(sealed.clone(), self.epoch.id()).await {
+                    Ok(()) => {}
+                    // Another agent's words for the same pin.
+                    Err(error) if error.kind() == Kind::Corrupt => {}
+                    Err(error) => {
+                        let error = error.context("pin the last whole snapshot");
+                        failed.insert(store.name().clone(), error.to_string());
+                    }
+                }
+            }
+        }
+        failed
+    }
+
+    async fn look(&self) -> Vec<(&S, Result<Look>)> {
+        let looks = self.stores.iter().map(|store| async move {
+            let looked = look(store, self.system).await.and_then(|look| {
+                check_clock(store.name().as_str(), look.view.now, self.now)?;
+                Ok(look)
+            });
+            (store, looked)
+        });
+        join_all(looks).await
+    }
+
+    fn together(&self, looks: &[(&S, Look)], windows: &[Window]) -> Option<(View, Verdict)> {
+        let views: Vec<View> = looks.iter().map(|(_, look)| look.view.clone()).collect();
+        let union = View::union(&views)?;
+        let window = windows.iter().map(|window| window.applied).max()?;
+        let margin = Rules::window(window).margin;
+        let together = judge(&union, &Rules { window, margin, ..self.rules });
+        Some((union, together))
+    }
+
+    /// What all locations together need; `None` if any of them cannot be read.
+    async fn needed(&self) -> Option<Verdict> {
+        let mut looks = Vec::new();
+        for (store, looked) in self.look().await {
+            looks.push((store, looked.ok()?));
+        }
+        let choose = |(_, look): &(&S, Look)| Window::choose(look, self.rules.window, false);
+        let windows: Vec<Window> = looks.iter().map(choose).collect();
+        Some(self.together(&looks, &windows)?.1)
+    }
+}
+
+fn check_clock(location: &str, store: Timestamp, ours: Timestamp) -> Result<()> {
+    let off = store.duration_since(ours).unsigned_abs();
+    match off <= CLOCK_OFF_MAX {
+        true => Ok(()),
+        false => Err(Error::new(
+            Kind::Local,
+            format!("the clock of location {location} is {} s off this host's", off.as_secs()),
+        )
+        .remedy("set this host's clock; nothing is pruned there until the two agree to 5 minutes")),
+    }
+}
+
+fn stores(context: &AgentContext) -> Vec<AgentStore> {
+    let store = |writer: &Arc<crate::writer::Writer>| AgentStore {
+        writer: writer.clone(),
+        keyring: context.epochs.keyring().clone(),
+        system: context.system,
+    };
+    context.writers.iter().map(store).collect()
+}
+
+async fn pruner<'a>(
+    context: &'a AgentContext,
+    stores: &'a [AgentStore],
+) -> Result<Pruner<'a, AgentStore>> {
+    Ok(Pruner {
+        stores,
+        system: context.system,
+        agent: &context.settings.agent,
+        rules: context.settings.retention.rules(),
+        grace: context.settings.retention.grace,
+        epoch: context.epochs.current().await?,
+        now: Timestamp::now(),
+    })
+}
+
+/// Prunes the agent's locations, and keeps the alarms about it.
+pub async fn run(context: &AgentContext, options: PruneOptions) -> Result<PruneReport> {
+    let stores = stores(context);
+    let report = pruner(context, &stores).await?.run(options).await;
+    if options.dry_run {
+        return Ok(report);
+    }
+    for (location, reason) in &report.failed {
+        context.alarms.raise("prune-failed", location.as_str(), reason);
+    }
+    for done in &report.locations {
+        let name = done.location.as_str();
+        context.alarms.clear("prune-failed", name);
+        match done.window_refused {
+            None => context.alarms.clear("window-shorter", name),
+            Some(_) => context.alarms.raise(
+                "window-shorter",
+                name,
+                "the window in the config is shorter than the one last applied, which goes on; run `backstay-agent prune --accept-window` if that is meant",
+            ),
+        }
+        tracing::info!(location = name, deleted = %done.deleted, condemned = %done.condemned, left = %done.left, "pruned");
+    }
+    Ok(report)
+}
+
+/// What no location needs any more, so that it is not copied to one that has let go of it. Empty if that cannot be said.
+pub async fn unneeded(context: &AgentContext) -> BTreeSet<ObjectName> {
+    let verdict = needed(context).await.unwrap_or_default();
+    verdict.goes.into_keys().collect()
+}
+
+/// The WAL that all locations together need; `None` if that cannot be said now.
+pub async fn needed_wal(context: &AgentContext) -> Option<BTreeMap<Branch, Vec<LsnRange>>> {
+    Some(needed(context).await?.wal)
+}
+
+async fn needed(context: &AgentContext) -> Option<Verdict> {
+    let stores = stores(context);
+    pruner(context, &stores).await.ok()?.needed().await
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,215 @@
+//! Pins by hand: to hold a snapshot, to give it back, and to acknowledge damage.
+
+use super::look::{Look, look};
+use super::store::Store;
+use super::{Pruner, stores};
+use crate::context::AgentContext;
+use backstay_common::id::{LocationName, ObjectId, SnapshotId};
+use backstay_common::name::ObjectName;
+use backstay_common::pin::{Hold, PinRecord, REASON_BYTES_MAX, damage_pin};
+use backstay_common::retention::is_trusted;
+use backstay_common::{Error, Kind, Result};
+use serde::{Deserialize, Serialize};
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+
+/// What is asked for.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum PinRequest {
+    /// Hold a snapshot; `snapshot` is its id or a beginning of it that no other has.
+    Pin { snapshot: String, reason: String, until: Option<jiff::Timestamp>, with_wal: bool },
+    /// Give back all pins of a snapshot, or the one pin of that id.
+    Unpin { which: String },
+    /// The damage that is known is known to a person too.
+    AckDamage,
+}
+
+/// What became of it.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PinOutcome {
+    /// The pins that were made, or given back, and their snapshots.
+    pub pins: Vec<(ObjectId, SnapshotId)>,
+    pub locations: Vec<LocationName>,
+    /// Where it could not be written, and why.
+    pub failed: Vec<(LocationName, String)>,
+}
+
+impl fmt::Display for PinOutcome {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (pin, snapshot) in &self.pins {
+            writeln!(f, "pin {pin} of snapshot {snapshot}")?;
+        }
+        if self.pins.is_empty() {
+            writeln!(f, "nothing was to be done")?;
+        }
+        for (location, reason) in &self.failed {
+            writeln!(f, "NOT written at {location}: {reason}")?;
+        }
+        Ok(())
+    }
+}
+
+/// Writes the records of one request to every location. Those that are down get them by copying, later.
+pub async fn run(context: &AgentContext, request: PinRequest) -> Result<PinOutcome> {
+    let stores = stores(context);
+    answer(&super::pruner(context, &stores).await?, request).await
+}
+
+pub(super) async fn answer<S: Store>(
+    pruner: &Pruner<'_, S>,
+    request: PinRequest,
+) -> Result<PinOutcome> {
+    let mut outcome = PinOutcome::default();
+    let mut known = Known::default();
+    let looks =
+        pruner.stores.iter().map(|store| async move { (store, look(store, pruner.system).await) });
+    for (store, looked) in futures::future::join_all(looks).await {
+        match looked {
+            Ok(look) => known.add(&look),
+            Err(error) => outcome.failed.push((store.name().clone(), error.to_string())),
+        }
+    }
+    let records = known.records(pruner, request)?;
+    for (pin, seq, record) in records {
+        outcome.pins.push((pin, record.snapshot));
+        let sealed = record.seal(&pruner.epoch, pruner.system, pin, seq);
+        for store in pruner.stores {
+            match store.put(sealed.clone(), pruner.epoch.id()).await {
+                Ok(()) if outcome.locations.contains(store.name()) => {}
+                Ok(()) => outcome.locations.push(store.name().clone()),
+                Err(error) => outcome.failed.push((store.name().clone(), error.to_string())),
+            }
+        }
+    }
+    if !outcome.pins.is_empty() && outcome.locations.is_empty() {
+        let reasons: Vec<_> = outcome.failed.iter().map(|(l, r)| format!("{l}: {r}")).collect();
+        return Err(Error::new(Kind::Storage, format!("written nowhere: {}", reasons.join("; "))));
+    }
+    Ok(outcome)
+}
+
+/// What the locations together know of snapshots and pins.
+#[derive(Debug, Default)]
+struct Known {
+    snapshots: BTreeSet<SnapshotId>,
+    damaged: BTreeSet<SnapshotId>,
+    /// The record that counts, with its number.
+    pins: BTreeMap<ObjectId, (u64, PinRecord)>,
+}
+
+impl Known {
+    fn add(&mut self, look: &Look) {
+        self.snapshots.extend(look.view.manifests.keys());
+        let damaged = look.view.manifests.values().filter(|plain| !is_trusted(plain));
+        self.damaged.extend(damaged.map(|plain| plain.snapshot));
+        for (name, record) in look.view.newest_pins() {
+            let ObjectName::Pin { pin, seq, .. } = name else { continue };
+            if self.pins.get(pin).is_none_or(|(known, _)| known < seq) {
+                self.pins.insert(*pin, (*seq, record.clone()));
+            }
+        }
+    }
+
+    fn records<S>(
+        &self,
+        pruner: &Pruner<'_, S>,
+        request: PinRequest,
+    ) -> Result<Vec<(ObjectId, u64, PinRecord)>> {
+        match request {
+            PinRequest::Pin { snapshot, reason, until, with_wal } => {
+                check(&reason, until, pruner.now)?;
+                let record = PinRecord {
+                    snapshot: self.snapshot(&snapshot)?,
+                    hold: if with_wal { Hold::Onwards } else { Hold::Consistent },
+                    reason,
+                    by: pruner.agent.to_string(),
+                    made: pruner.now.as_second(),
+                    until: until.map(|until| until.as_second()),
+                    released: false,
+                    damage: None,
+                };
+                Ok(vec![(ObjectId::random(), 0, record)])
+            }
+            PinRequest::Unpin { which } => self.unpin(&which),
+            PinRequest::AckDamage => Ok(self.acknowledged(pruner)),
+        }
+    }
+
+    /// The one snapshot whose id begins so.
+    fn snapshot(&self, prefix: &str) -> Result<SnapshotId> {
+        let fits = |id: &&SnapshotId| !prefix.is_empty() && id.to_string().starts_with(prefix);
+        let found: Vec<&SnapshotId> = self.snapshots.iter().filter(fits).collect();
+        match found[..] {
+            [id] => Ok(*id),
+            [] => {
+                Err(Error::new(Kind::Config, format!("no snapshot {prefix:?} is at any location"))
+                    .remedy("see `backstay list`"))
+            }
+            _ => Err(Error::new(
+                Kind::Config,
+                format!("{} snapshots begin with {prefix:?}", found.len()),
+            )
+            .remedy("give more of the id")),
+        }
+    }
+
+    fn unpin(&self, which: &str) -> Result<Vec<(ObjectId, u64, PinRecord)>> {
+        let by_hand = |record: &PinRecord| !record.released && record.damage.is_none();
+        let chosen = |pin: &ObjectId, record: &PinRecord| match which.parse::<ObjectId>() {
+            Ok(one) => *pin == one,
+            Err(_) => self.snapshot(which).is_ok_and(|snapshot| record.snapshot == snapshot),
+        };
+        let records: Vec<_> = self
+            .pins
+            .iter()
+            .filter(|(pin, (_, record))| by_hand(record) && chosen(pin, record))
+            .map(|(pin, (seq, record))| (*pin, seq + 1, record.given_back()))
+            .collect();
+        match records.is_empty() {
+            false => Ok(records),
+            true => Err(Error::new(Kind::Config, format!("nothing is pinned by {which:?}")).remedy(
+                "give a snapshot or a pin as `backstay list` shows them; for damage there is `backstay-agent ack-damage`",
+            )),
+        }
+    }
+
+    /// A pin that was given back for every damaged snapshot, and for those that have gone.
+    fn acknowledged<S>(&self, pruner: &Pruner<'_, S>) -> Vec<(ObjectId, u64, PinRecord)> {
+        let held = self.pins.iter().filter(|(_, (_, pin))| pin.damage.is_some());
+        let open = held.clone().filter(|(_, (_, pin))| !pin.released);
+        let mut records: Vec<_> =
+            open.map(|(pin, (seq, record))| (*pin, seq + 1, record.given_back())).collect();
+        let told: BTreeSet<SnapshotId> = held.filter_map(|(_, (_, pin))| pin.damage).collect();
+        for damaged in self.damaged.difference(&told) {
+            let record = PinRecord {
+                snapshot: *damaged,
+                hold: Hold::Consistent,
+                reason: "the damage was acknowledged".into(),
+                by: pruner.agent.to_string(),
+                made: pruner.now.as_second(),
+                until: None,
+                released: true,
+                damage: Some(*damaged),
+            };
+            records.push((damage_pin(*damaged), 0, record));
+        }
+        records
+    }
+}
+
+fn check(reason: &str, until: Option<jiff::Timestamp>, now: jiff::Timestamp) -> Result<()> {
+    let refuse = |what: &str, remedy: &str| Err(Error::new(Kind::Config, what).remedy(remedy));
+    match () {
+        () if reason.trim().is_empty() => {
+            refuse("a pin without a reason", "say why, with --reason")
+        }
+        () if reason.len() > REASON_BYTES_MAX => {
+            refuse("the reason is longer than 1024 bytes", "say it in fewer words")
+        }
+        () if until.is_some_and(|until| until <= now) => {
+            refuse("the pin would have ended already", "give a time to come with --until")
+        }
+        () => Ok(()),
+    }
+}
