@@ -77,7 +77,10 @@ impl Location {
             .iter()
             .map(|name| Ok(format!("/{}", self.at(&name.to_string())?).into()))
             .collect::<Result<_>>()?;
-        self.on_disk(move |disk| files.iter().try_for_each(|file| disk.settle_deletion(file))).await
+        let settle = move |disk: super::disk::Disk| {
+            files.iter().try_for_each(|file| disk.settle_deletion(file))
+        };
+        self.on_disk(settle).await.map(drop)
     }
 
     pub(super) async fn delete_at(&self, paths: &[String]) -> Result<()> {
