@@ -96,14 +96,16 @@ fn a_wrong_epoch_is_told_from_damage() {
 fn a_frame_that_claims_too_much_is_not_unpacked() {
     let frame = Frame::pack(&mut Packer::new(1).unwrap(), &[0; FRAME_BYTES_MAX]).unwrap();
     let mut span = frame.span(0, 0);
-    let unpacked = |span: &FrameSpan| {
-        Unpacker::new().unpack(span, &frame.bytes, |_| true).map(<[u8]>::len)
-    };
-    assert_eq!(unpacked(&span), Ok(FRAME_BYTES_MAX));
+    let mut unpacker = Unpacker::new();
+    let mut unpack =
+        |span: FrameSpan| unpacker.unpack(&span, &frame.bytes, |_| true).map(<[u8]>::len);
+    assert_eq!(unpack(span), Ok(FRAME_BYTES_MAX));
     span.plain_bytes -= 1;
-    assert!(unpacked(&span).is_err());
+    assert!(unpack(span).is_err());
     span.plain_bytes = u32::MAX;
-    assert!(unpacked(&span).is_err());
+    assert!(unpack(span).is_err());
+    span.plain_bytes = FRAME_BYTES_MAX as u32;
+    assert_eq!(unpack(span), Ok(FRAME_BYTES_MAX), "its buffers survive a bad frame");
 }
 
 #[test]
