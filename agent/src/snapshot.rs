@@ -35,8 +35,12 @@ mod loose;
 mod pack;
 mod progress;
 mod read;
+#[allow(dead_code)]
+mod server_manifest;
 mod session;
 mod ship;
+#[allow(dead_code)]
+mod tar;
 mod walk;
 
 use crate::context::AgentContext;
