@@ -23,6 +23,8 @@
 //! manifest needs. Memory is about 250 MiB whatever the size of the database: four sealed packs, one being sealed, one being
 //! filled, and what the readers hold. A crash leaves a `begin` and packs that no manifest names, for prune to find.
 
+#[allow(dead_code)]
+mod arrive;
 mod assemble;
 mod commit;
 mod config_files;
@@ -32,6 +34,8 @@ mod fixture;
 mod hash_key;
 mod label;
 mod loose;
+#[allow(dead_code)]
+mod mend;
 mod pack;
 mod progress;
 mod read;
