@@ -40,6 +40,8 @@ mod pack;
 mod progress;
 mod read;
 #[allow(dead_code)]
+mod remote;
+#[allow(dead_code)]
 mod server_manifest;
 mod session;
 mod ship;

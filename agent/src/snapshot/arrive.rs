@@ -92,7 +92,8 @@ impl Arrivals {
         self.end_archive()?;
         self.tar = Tar::new();
         let archive = self.origin.archives.get(number);
-        let archive = archive.ok_or_else(|| Error::new(Kind::Bug, "an archive that is not listed"))?;
+        let archive =
+            archive.ok_or_else(|| Error::new(Kind::Bug, "an archive that is not listed"))?;
         self.prefix = match &archive.tablespace {
             Some((oid, _)) => format!("pg_tblspc/{oid}/"),
             None => String::new(),

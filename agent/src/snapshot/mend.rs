@@ -68,7 +68,9 @@ impl Mender {
     /// A record of the backup's WAL does this.
     pub fn touch(&mut self, touch: &Touch) {
         let (waiting, touched) = match touch {
-            Touch::Block { files, fork, block } => (self.relations.get(files), Some((*fork, *block))),
+            Touch::Block { files, fork, block } => {
+                (self.relations.get(files), Some((*fork, *block)))
+            }
             Touch::Relation(files) => (self.relations.get(files), None),
             Touch::Database { tablespace, database } => {
                 (self.databases.get(&(*tablespace, *database)), None)
@@ -153,7 +155,9 @@ pub async fn untouched(
             }
         }
         if since.elapsed() > PATIENCE {
-            return Err(fault.context("read the backup's WAL, to tell torn pages from damaged ones"));
+            return Err(
+                fault.context("read the backup's WAL, to tell torn pages from damaged ones")
+            );
         }
         tracing::debug!("WAL {range} cannot be read back yet: {fault}");
         tokio::time::sleep(AGAIN_AFTER).await;

@@ -61,8 +61,38 @@ fn key(path: &str) -> [u8; 16] {
     *digest.first_chunk().expect("a SHA-256 has more bytes")
 }
 
-/// Reads a manifest to its end, and compares it with what was streamed. Any difference is of [`Kind::Corrupt`]. Blocks.
-pub fn compare(manifest: impl Read, streamed: Streamed, expected: &Expected) -> Result<()> {
+/// What a manifest says of the whole backup.
+#[derive(Debug)]
+pub struct Said {
+    /// From version 2 on.
+    system: Option<u64>,
+    ranges: Vec<WalRange>,
+}
+
+impl Said {
+    /// Any difference is of [`Kind::Corrupt`].
+    pub fn check(&self, expected: &Expected) -> Result<()> {
+        if let Some(system) = self.system.filter(|system| *system != expected.system.get()) {
+            return Err(differs(&format!("it is of system {system}")));
+        }
+        let (start, stop) = (
+            self.ranges.iter().map(|range| range.start).min(),
+            self.ranges.iter().map(|range| range.end).max(),
+        );
+        if (start, stop) != (Some(expected.start), Some(expected.stop)) {
+            let reason = format!(
+                "it needs the WAL {:?}, and the backup went from {} to {}",
+                self.ranges, expected.start, expected.stop
+            );
+            return Err(differs(&reason));
+        }
+        Ok(())
+    }
+}
+
+/// Reads a manifest to its end, and compares its files with what was streamed. Any difference is of [`Kind::Corrupt`].
+/// Blocks.
+pub fn compare(manifest: impl Read, streamed: Streamed) -> Result<Said> {
     let mut reader = Hashing::new(BufReader::with_capacity(64 << 10, manifest));
     let mut found = Found { streamed, ..Found::default() };
     let parsed = {
@@ -75,7 +105,7 @@ pub fn compare(manifest: impl Read, streamed: Streamed, expected: &Expected) -> 
         (None, Err(error)) => return Err(differs(&format!("it cannot be read: {error}"))),
         (None, Ok(())) => {}
     }
-    found.finish(&reader.digest(), expected).map_err(|reason| differs(&reason))
+    found.finish(&reader.digest()).map_err(|reason| differs(&reason))
 }
 
 fn differs(reason: &str) -> Error {
@@ -109,12 +139,18 @@ struct ManifestFile {
     checksum: Option<String>,
 }
 
-#[derive(Debug, Deserialize)]
+#[derive(Clone, Copy, Debug, Deserialize)]
 struct WalRange {
-    #[serde(rename = "Start-LSN")]
-    start: String,
-    #[serde(rename = "End-LSN")]
-    end: String,
+    #[serde(rename = "Start-LSN", deserialize_with = "lsn")]
+    start: Lsn,
+    #[serde(rename = "End-LSN", deserialize_with = "lsn")]
+    end: Lsn,
+}
+
+/// As PostgreSQL writes positions: `1A/4000028`.
+fn lsn<'de, D: serde::Deserializer<'de>>(json: D) -> Result<Lsn, D::Error> {
+    let text = String::deserialize(json)?;
+    text.parse().map_err(|_| D::Error::custom(format!("{text:?} is no position")))
 }
 
 impl ManifestFile {
@@ -138,7 +174,7 @@ impl ManifestFile {
 }
 
 impl Found {
-    fn finish(self, digest: &[u8; 32], expected: &Expected) -> Result<(), String> {
+    fn finish(self, digest: &[u8; 32]) -> Result<Said, String> {
         match self.version {
             Some(version) if VERSIONS.contains(&version) => {}
             Some(version) => return Err(format!("it has version {version}, not 1 or 2")),
@@ -148,24 +184,8 @@ impl Found {
         if checksum.as_deref() != Some(&digest[..]) {
             return Err("its own checksum is wrong".into());
         }
-        if let Some(system) = self.system.filter(|system| *system != expected.system.get()) {
-            return Err(format!("it is of system {system}"));
-        }
-        let lsn = |text: &String| text.parse::<Lsn>().map_err(|_| format!("{text:?} is no LSN"));
-        let starts =
-            self.ranges.iter().map(|range| lsn(&range.start)).collect::<Result<Vec<_>, _>>()?;
-        let ends =
-            self.ranges.iter().map(|range| lsn(&range.end)).collect::<Result<Vec<_>, _>>()?;
-        let (start, stop) = (starts.iter().min(), ends.iter().max());
-        if (start, stop) != (Some(&expected.start), Some(&expected.stop)) {
-            let ranges = &self.ranges;
-            return Err(format!(
-                "it needs the WAL {ranges:?}, and the backup went from {} to {}",
-                expected.start, expected.stop
-            ));
-        }
         match self.streamed.files.len() {
-            0 => Ok(()),
+            0 => Ok(Said { system: self.system, ranges: self.ranges }),
             files => Err(format!("{files} files were streamed that are not in it")),
         }
     }

@@ -35,10 +35,8 @@ impl Sink for Told {
 }
 
 fn origin(tablespaces: &[u32]) -> Origin {
-    let space = |oid: &u32| BackupArchive {
-        tablespace: Some((*oid, format!("/srv/{oid}"))),
-        bytes: 0,
-    };
+    let space =
+        |oid: &u32| BackupArchive { tablespace: Some((*oid, format!("/srv/{oid}"))), bytes: 0 };
     let base = BackupArchive { tablespace: None, bytes: 0 };
     let archives = tablespaces.iter().map(space).chain([base]).collect();
     let foreign = vec!["backstay".to_string()];
@@ -103,7 +101,8 @@ fn what_belongs_into_a_snapshot_is_passed_on() {
     assert_eq!((&kept.label[..], &kept.control[..]), (&b"START WAL LOCATION"[..], &b"control"[..]));
     assert_eq!(kept.control_mode, 0o600);
     let mut streamed = kept.streamed;
-    for (path, content) in [("pg_stat_tmp/global.stat", &b"volatile"[..]), ("tablespace_map", b"x")] {
+    for (path, content) in [("pg_stat_tmp/global.stat", &b"volatile"[..]), ("tablespace_map", b"x")]
+    {
         let is_new = streamed.note(path, content.len() as u64, crc32c::crc32c(content));
         assert!(!is_new, "{path} was left out, and counts for the manifest all the same");
     }
