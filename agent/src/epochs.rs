@@ -90,13 +90,17 @@ impl Epochs {
         }
     }
 
-    fn keep(&self, name: &ObjectName, bytes: &[u8]) -> Result<()> {
+    /// Keeps a wrap durably, for objects that are to be stored later.
+    pub fn keep(&self, name: &ObjectName, bytes: &[u8]) -> Result<()> {
         let ObjectName::Wrap { epoch, wrap, .. } = name else {
             return Err(Error::new(Kind::Bug, format!("{name} is no wrap")));
         };
         let path = self.folder.join(format!("{epoch}.{wrap}"));
         let write = || {
-            let mut file = std::fs::File::create_new(&path)?;
+            let mut file = match std::fs::File::create_new(&path) {
+                Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists => return Ok(()),
+                made => made?,
+            };
             file.write_all(bytes)?;
             file.sync_all()?;
             std::fs::File::open(&self.folder)?.sync_all()

@@ -3,9 +3,11 @@
 //! ```text
 //! session   backup start ──────────────────────────────────────────────► backup stop
 //!              │                                                            │
-//! walk ─► cut ─► read (one thread a core: checksums, hashes, zstd)          │ pg_control, label
+//! walk ─► cut ─► read (one thread a core: checksums, hashes)                │ pg_control, label
+//!                  │                                                        │
+//! parent's hashes ─► diff (what changed: zstd)                              │
 //!                  │                                                        ▼
-//!               assemble (loose: maps, table) ─► pack ─► ship ─► commit at each location
+//! parent's maps ─► assemble (maps, table) ─► pack ─► ship ─► commit at each location
 //! ```
 //!
 //! | file | what it does |
@@ -13,40 +15,49 @@
 //! | `session`, `label` | the connection that holds the backup; what PostgreSQL says of it |
 //! | `walk`, `walk/rules` | what is in the data directory, and what of it belongs into a snapshot |
 //! | `config_files` | configuration that lives elsewhere |
-//! | `cut`, `read` | files into jobs, jobs into frames |
-//! | `assemble`, `loose` | files, maps and the table, in order, while frames arrive out of order |
+//! | `parent`, `cache`, `rebuild` | the snapshot to compare with, and what is known of its files |
+//! | `cut`, `read` | files into jobs, jobs into pages and their hashes |
+//! | `diff` | pages that changed into frames |
+//! | `assemble`, `overlay`, `loose` | files, maps and the table, new over old, while frames arrive out of order |
+//! | `usage` | which frames of which packs the snapshot uses |
 //! | `pack`, `ship` | frames into packs, packs to all locations |
 //! | `commit` | the manifest, last, where all that it needs is listed |
 //! | `progress`, `hash_key` | how far it is; the key of page hashes |
+//!
+//! A snapshot is complete whatever it stores: its maps name a frame for every page, its own or an older snapshot's. What it stores
+//! is the pages whose content differs from the parent's, and those that must not stay where they are, because a restore would
+//! read too much beside them or because their packs are hardly in use.
 //!
 //! What always holds: nothing is committed unless everything succeeded; a location has a manifest only if it has what the
 //! manifest needs. Memory is about 250 MiB whatever the size of the database: four sealed packs, one being sealed, one being
 //! filled, and what the readers hold. A crash leaves a `begin` and packs that no manifest names, for prune to find.
 
-#[allow(dead_code)]
 mod arrive;
 mod assemble;
+mod cache;
 mod commit;
 mod config_files;
 mod cut;
+mod diff;
 #[cfg(test)]
 mod fixture;
 mod hash_key;
 mod label;
+mod local_disk;
 mod loose;
-#[allow(dead_code)]
 mod mend;
+mod overlay;
 mod pack;
+mod parent;
 mod progress;
 mod read;
-#[allow(dead_code)]
+mod rebuild;
 mod remote;
-#[allow(dead_code)]
 mod server_manifest;
 mod session;
 mod ship;
-#[allow(dead_code)]
 mod tar;
+mod usage;
 mod walk;
 
 use crate::context::AgentContext;
@@ -55,12 +66,15 @@ use assemble::{Assembled, Assembler};
 use backstay_common::control::ControlFile;
 use backstay_common::id::{LocationName, SnapshotId, random_bytes};
 use backstay_common::lsn::Lsn;
+use backstay_common::seal::FRAME_BYTES_MAX;
 use backstay_common::snapshot::{Begin, Manifest, ManifestPlain, Root, Tablespace};
 use backstay_common::{Error, Kind, Result};
+use cache::{CacheWriter, Summary};
 use commit::Commit;
-use cut::Cutter;
+use cut::{Cutter, Links};
 use label::BackupLabel;
 use pack::Packs;
+use parent::{Parent, Server};
 use progress::Meter;
 use read::{Reader, Reading};
 use serde::{Deserialize, Serialize};
@@ -81,6 +95,11 @@ const JOBS_MAX: usize = 16;
 const SESSION_CHECKED_EVERY: Duration = Duration::from_secs(15);
 /// More alarms than this about damaged files help nobody.
 const ALARMS_MAX: usize = 100;
+
+/// Pages in one part of a file: 1 MiB of it, and at most one frame.
+pub fn part_pages(page_bytes: u32) -> u32 {
+    FRAME_BYTES_MAX as u32 / page_bytes
+}
 
 /// What is asked of a snapshot.
 #[derive(Clone, Copy, Debug)]
@@ -147,6 +166,8 @@ pub struct SnapshotProgress {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct SnapshotOutcome {
     pub id: SnapshotId,
+    /// The snapshot that it was compared with.
+    pub parent: Option<SnapshotId>,
     /// Where replay begins.
     pub start: Lsn,
     /// From here on it is consistent.
@@ -168,7 +189,12 @@ impl fmt::Display for SnapshotOutcome {
         writeln!(f, "snapshot {} taken in {:.1} s", self.id, self.seconds)?;
         writeln!(f, "  start {}, consistent from {}", self.start, self.stop)?;
         let (database, stored) = (mib(self.database_bytes), mib(self.stored_bytes));
-        writeln!(f, "  {database:.1} MiB read, {stored:.1} MiB stored")?;
+        match self.parent {
+            Some(parent) => {
+                writeln!(f, "  {database:.1} MiB compared with {parent}, {stored:.1} MiB stored")?
+            }
+            None => writeln!(f, "  {database:.1} MiB read, {stored:.1} MiB stored")?,
+        }
         write!(f, "  committed at {}", committed.join(", "))?;
         for (location, reason) in &self.pending {
             write!(f, "\n  NOT committed at {location}: {reason}")?;
@@ -230,26 +256,38 @@ struct Finished {
     /// As it was copied.
     control: ControlFile,
     tablespaces: Vec<Tablespace>,
+    parent: Option<SnapshotId>,
     assembled: Assembled,
 }
 
 impl Taking<'_> {
     async fn run(&self) -> Result<SnapshotOutcome> {
         let (session, source) = Session::open(self.context).await?;
-        let fleet = Arc::new(Fleet::new(&self.context.writers, self.begin().await?));
-        let finished = self.read(session, source, &fleet).await?;
+        let server = Server::of(&source, self.wal.borrow().timeline);
+        let parent = parent::find(self.context, &server).await;
+        let begin = self.begin(parent.as_ref().map(|parent| parent.id())).await?;
+        let fleet = Arc::new(Fleet::new(&self.context.writers, begin));
+        let path = cache::path_of(&self.context.settings.state_dir, self.context.system);
+        let cache = Arc::new(CacheWriter::create(parent::new_path(&path)));
+        let finished = self.read(session, source, &fleet, &parent, &cache).await?;
         self.meter.enter(Phase::Committing);
+        let has_cache = self.finish_cache(&cache, &parent, &finished).await?;
         let manifest = self.manifest(finished).await?;
-        let outcome = self.commit(&fleet, &manifest).await?;
+        let outcome = self.commit(&fleet, &manifest, &parent).await?;
+        if has_cache && let Err(error) = cache.publish(&path) {
+            tracing::warn!(
+                "the page-hash cache has no name, the next snapshot fetches the hashes instead: {error}"
+            );
+        }
         self.report_damage(&manifest.root);
         self.meter.enter(Phase::Done);
         Ok(outcome)
     }
 
     /// Also proves that there is a key to seal under.
-    async fn begin(&self) -> Result<Parcel> {
+    async fn begin(&self, parent: Option<SnapshotId>) -> Result<Parcel> {
         let agent = self.context.settings.agent.clone();
-        let begin = Begin { snapshot: self.id, agent, parent: None, generation: 0 };
+        let begin = Begin { snapshot: self.id, agent, parent, generation: 0 };
         let epoch = self.context.epochs.current().await?;
         let sealed = begin.seal(&epoch, self.context.system);
         Ok(Parcel::new(sealed.name, epoch.id(), sealed.bytes, None))
@@ -261,6 +299,8 @@ impl Taking<'_> {
         mut session: Session,
         source: Source,
         fleet: &Arc<Fleet>,
+        parent: &Option<Arc<Parent>>,
+        cache: &Arc<CacheWriter>,
     ) -> Result<Finished> {
         let tree = self.tree(&source);
         let (start, ()) = tokio::try_join!(
@@ -283,8 +323,16 @@ impl Taking<'_> {
             fleet.clone(),
             self.meter.clone(),
         );
-        let mut assembler = Assembler::new(packs, reading.clone(), self.meter.clone());
-        let messages = start_threads(&tree, &reading, &self.meter)?;
+        let (parent, cache, meter) = (parent.clone(), cache.clone(), self.meter.clone());
+        let mut assembler = Assembler::new(
+            packs,
+            parent.clone(),
+            cache.clone(),
+            reading.clone(),
+            self.meter.clone(),
+        );
+        let parent_id = parent.as_ref().map(|parent| parent.id());
+        let messages = start_threads(&tree, &reading, parent, cache, meter)?;
         watched(&mut session, assembler.take_all(messages)).await?;
         let (control, mode, bytes) = blocking(move || read_control(&tree.data_dir)).await?;
         assembler.add_control(walk::CONTROL_PATH, mode, bytes).await?;
@@ -292,7 +340,7 @@ impl Taking<'_> {
         let tablespaces = blocking(move || walk::tablespaces(&data_dir)).await?;
         let label = session.stop().await?;
         let assembled = assembler.finish().await?;
-        Ok(Finished { source, reading, label, control, tablespaces, assembled })
+        Ok(Finished { source, reading, label, control, tablespaces, parent: parent_id, assembled })
     }
 
     fn tree(&self, source: &Source) -> Tree {
@@ -326,8 +374,32 @@ impl Taking<'_> {
         blocking(count).await
     }
 
+    /// Ends the cache, which is current once the snapshot is committed. False if there is none.
+    async fn finish_cache(
+        &self,
+        cache: &Arc<CacheWriter>,
+        parent: &Option<Arc<Parent>>,
+        finished: &Finished,
+    ) -> Result<bool> {
+        let reading = &finished.reading;
+        let all_read = parent.as_ref().and_then(|parent| parent.all_read());
+        let summary = Summary {
+            snapshot: self.id,
+            system: self.context.system,
+            key: cache::fingerprint(&reading.hash_key),
+            page_bytes: reading.page_bytes,
+            judged: reading.checksums,
+            timeline: finished.label.timeline.get(),
+            all_read: all_read.unwrap_or(self.id.began().as_second()),
+            table: finished.assembled.shared.clone(),
+        };
+        let cache = cache.clone();
+        blocking(move || Ok(cache.finish(&summary))).await
+    }
+
     async fn manifest(&self, finished: Finished) -> Result<Manifest> {
-        let Finished { source, reading, label, control, tablespaces, mut assembled } = finished;
+        let Finished { source, reading, label, control, tablespaces, parent, mut assembled } =
+            finished;
         let stop = label.stop.max(control.min_recovery_point);
         assembled.doubts.judge(stop);
         let settings = &self.context.settings;
@@ -345,12 +417,12 @@ impl Taking<'_> {
             began: self.id.began().as_second(),
             finished: jiff::Timestamp::now().as_second(),
             server_version: self.context.server_version,
-            stored_bytes: assembled.sealing.packs.iter().map(|pack| pack.size).sum(),
-            epochs: assembled.sealing.epochs,
-            packs: assembled.sealing.packs,
+            stored_bytes: assembled.stored_bytes,
+            epochs: assembled.epochs,
+            packs: assembled.packs,
             database_bytes: assembled.bytes,
             files: assembled.files,
-            parent: None,
+            parent,
             corrupt_pages: assembled.doubts.corrupt_count,
         };
         let root = Root {
@@ -370,12 +442,18 @@ impl Taking<'_> {
         Ok(Manifest { plain, root })
     }
 
-    async fn commit(&self, fleet: &Fleet, manifest: &Manifest) -> Result<SnapshotOutcome> {
+    async fn commit(
+        &self,
+        fleet: &Fleet,
+        manifest: &Manifest,
+        parent: &Option<Arc<Parent>>,
+    ) -> Result<SnapshotOutcome> {
         let epoch = self.context.epochs.current().await?;
         let sealed = manifest.seal(&epoch)?;
         let parcel = Parcel::new(sealed.name, epoch.id(), sealed.bytes, None);
         let (context, plain) = (&**self.context, &manifest.plain);
-        let commit = Commit { fleet, wal: &self.wal, plain, manifest: &parcel };
+        let parent = parent.as_deref();
+        let commit = Commit { fleet, wal: &self.wal, plain, parent, manifest: &parcel };
         let (mut committed, mut pending) = (Vec::new(), Vec::new());
         for (location, done) in commit.everywhere().await {
             match done {
@@ -399,6 +477,7 @@ impl Taking<'_> {
         }
         Ok(SnapshotOutcome {
             id: self.id,
+            parent: plain.parent,
             start: plain.start,
             stop: plain.stop,
             committed,
@@ -442,18 +521,22 @@ impl Taking<'_> {
 fn start_threads(
     tree: &Tree,
     reading: &Arc<Reading>,
-    meter: &Arc<Meter>,
+    parent: Option<Arc<Parent>>,
+    cache: Arc<CacheWriter>,
+    meter: Arc<Meter>,
 ) -> Result<mpsc::Receiver<assemble::Message>> {
     let (send, messages) = mpsc::channel(MESSAGES_MAX);
     let (give, jobs) = std::sync::mpsc::sync_channel(JOBS_MAX);
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let jobs = Arc::new(Mutex::new(jobs));
     for _ in 0..cores {
-        let reader = Reader::new(reading.clone(), meter.clone())?;
-        let (jobs, send) = (jobs.clone(), send.clone());
-        tokio::task::spawn_blocking(move || reader.work(&jobs, &send));
+        let reader = Reader::new(reading.clone(), meter.clone(), cache.clone(), send.clone())?;
+        let jobs = jobs.clone();
+        tokio::task::spawn_blocking(move || reader.work(&jobs));
     }
-    let cutter = Cutter::new(give, send, reading.page_bytes);
+    let page_bytes = reading.page_bytes;
+    let cutter =
+        Cutter::new(Links { jobs: give, messages: send, parent, cache, meter, page_bytes });
     let tree = tree.clone();
     tokio::task::spawn_blocking(move || cutter.cut(&tree));
     Ok(messages)

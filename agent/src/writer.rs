@@ -8,8 +8,10 @@
 use crate::epochs::Epochs;
 use backstay_common::cluster::ClusterRecord;
 use backstay_common::id::{ClusterName, EpochId, SystemId};
+use backstay_common::keys::WRAP_BYTES_MAX;
 use backstay_common::location::{Location, Put};
-use backstay_common::name::ObjectName;
+use backstay_common::name::{ObjectName, folder};
+use backstay_common::seal::Header;
 use backstay_common::{Context, Error, Kind, Result};
 use bytes::Bytes;
 use std::collections::HashSet;
@@ -50,6 +52,25 @@ impl Writer {
             self.is_known.store(false, Ordering::Relaxed);
         }
         result
+    }
+
+    /// Makes the wraps of an epoch known that another agent, or this one before it lost its state, has stored
+    /// at `from`: objects that are sealed under it can then be copied.
+    pub async fn learn_wraps(&self, epoch: EpochId, from: &Location) -> Result<()> {
+        if self.epochs.wraps(epoch).is_ok() {
+            return Ok(());
+        }
+        for listed in from.list(&folder::epoch(self.expected.1, epoch)).await? {
+            let Some(name @ ObjectName::Wrap { .. }) = listed.name else { continue };
+            // Anybody who may write to the store can put junk beside a good wrap: it is passed by.
+            if listed.size <= WRAP_BYTES_MAX {
+                let bytes = from.get(&name).await?;
+                if Header::check(&bytes, &name).is_ok() {
+                    self.epochs.keep(&name, &bytes)?;
+                }
+            }
+        }
+        Ok(())
     }
 
     async fn put_once(&self, name: &ObjectName, epoch: EpochId, bytes: Bytes) -> Result<Put> {

@@ -11,6 +11,7 @@
 pub mod begin;
 pub mod filemap;
 pub mod manifest;
+pub mod packs;
 pub mod table;
 
 pub use begin::Begin;

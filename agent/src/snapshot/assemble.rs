@@ -1,125 +1,82 @@
-//! Puts frames, file maps and the file table together, in the order of files, while they are read.
+//! Puts file maps and the file table together while files are read, from what is new and what the parent has.
 //!
 //! ```text
-//! files ── all frames sealed ─► map ─► entries ── map sealed ─► table ─► parts ── sealed ─► the root's references
+//! files ── all parts known, all frames sealed ─► map ─► waiting entries ── map sealed ─► entries
+//! all entries, sorted by path ─► parts of the table ── sealed, or the parent's very part ─► the root's references
 //! ```
 //!
-//! Readers finish out of order, and a frame's address is known only when its pack is sealed; so files wait, first for their
-//! frames, then for their map. What waits is bounded: jobs are given out in order, and packs are sealed in order.
+//! Files may come in any order, and their parts out of order. A frame's address is known only when its pack is sealed; so
+//! files wait, first for their frames, then for their map. What waits is bounded: jobs are few, and packs are sealed as they
+//! fill. A file that equals the parent's waits for nothing.
 
+mod entries;
+mod pending;
+
+pub use pending::{Begun, Doubt, Doubts, Held, Part, PartState};
+
+use super::cache::{CacheWriter, DoubtRecord, FileRecord, SharedPart};
 use super::loose::{Loose, Piece};
-use super::pack::{Packs, Place, Sealing};
+use super::overlay::{self, Stored};
+use super::pack::Packs;
+use super::parent::Parent;
 use super::progress::Meter;
 use super::read::{Reading, pack_whole};
-use backstay_common::cbor;
-use backstay_common::lsn::Lsn;
-use backstay_common::seal::{FRAME_BYTES_MAX, Frame};
+use super::usage::Usage;
+use backstay_common::id::EpochId;
+use backstay_common::seal::Frame;
 use backstay_common::snapshot::manifest::CorruptPage;
 use backstay_common::snapshot::{
-    BytesRef, Content, FileDigest, FileEntry, FileKind, FileMap, FrameRef, FrameUse, Run, TablePart,
+    BytesRef, Content, FileEntry, FileKind, FileMap, FrameUse, PackEntry,
 };
 use backstay_common::{Error, Kind, Result, pool};
-use std::collections::{BTreeMap, VecDeque};
+use entries::Entries;
+use pending::Pending;
+use std::collections::HashMap;
 use std::sync::Arc;
 use tokio::sync::mpsc;
 
-/// Encoded bytes at which a part of the table is closed; the last entry still fits into the frame.
-const TABLE_PART_BYTES: usize = FRAME_BYTES_MAX - (64 << 10);
 /// When so many files wait, packs are sealed before they are full.
 const WAITING_FILES_MAX: usize = 32 << 10;
-/// More are counted, but not named.
-const NAMED_PAGES_MAX: usize = 10_000;
 
-/// What the assembler is told. Every [`Begun`] precedes what is packed of its file.
+/// What the assembler is told. Every [`Begun`] precedes what is told of its file, every frame the parts that it is of.
 #[derive(Debug)]
 pub enum Message {
     Begun(Begun),
     Packed(Packed),
+    Read(Vec<Part>),
     Failed(Error),
-}
-
-/// The next file or folder; they are numbered from 0.
-#[derive(Debug)]
-pub struct Begun {
-    pub path: String,
-    pub mode: u32,
-    pub is_folder: bool,
-    /// How many parts will come of it.
-    pub parts: u32,
 }
 
 /// A frame, and what is in it.
 #[derive(Debug)]
 pub struct Packed {
     pub usage: FrameUse,
-    /// None if no file had a byte.
-    pub frame: Option<Frame>,
-    /// Of the pages of all parts, in their order, eight bytes each.
+    pub frame: Frame,
+    /// Of its pages, in their order, eight bytes each.
     pub hashes: Vec<u8>,
-    pub parts: Vec<Part>,
-    /// Files that are not there any more.
-    pub vanished: Vec<u64>,
+    pub holds: Vec<Held>,
 }
 
-/// A part of one file, in a frame.
+/// A file that waits for its map.
 #[derive(Debug)]
-pub struct Part {
-    pub file: u64,
-    /// Which part of the file.
-    pub part: u32,
-    /// Where it lies in the frame.
-    pub at: u32,
-    pub bytes: u32,
-    /// False if the file ends here, before it should.
-    pub whole: bool,
-    pub doubts: Vec<Doubt>,
-}
-
-/// A page whose checksum is wrong.
-#[derive(Clone, Copy, Debug)]
-pub struct Doubt {
-    /// In the fork.
-    pub block: u32,
-    /// The page claims to be changed here, after the backup began: if that is true, replay repairs it. None if it
-    /// claims nothing, and stays wrong.
-    pub newer: Option<Lsn>,
-}
-
-/// A file that waits for its frames.
-#[derive(Debug)]
-struct Pending {
-    begun: Begun,
-    size: u64,
-    digest: FileDigest,
-    frames: Vec<(Place, u32, u32)>,
-    next_part: u32,
-    early: BTreeMap<u32, (Part, Option<Place>, Vec<u8>)>,
-    has_ended: bool,
-    has_vanished: bool,
-}
-
-/// A file that waits for its map, if it has one.
-#[derive(Debug)]
-struct Entry {
+struct Waiting {
     entry: FileEntry,
-    map: Option<Vec<Piece>>,
-}
-
-/// Pages whose checksums are wrong.
-#[derive(Debug, Default)]
-pub struct Doubts {
-    /// The first of them.
-    pub corrupt: Vec<CorruptPage>,
-    pub corrupt_count: u64,
-    /// With where they claim to be changed.
-    pub newer: Vec<(CorruptPage, Lsn)>,
+    record: FileRecord,
+    map: Vec<Piece>,
+    read_bytes: u64,
 }
 
 /// Everything about a snapshot that its files say.
 #[derive(Debug)]
 pub struct Assembled {
     pub table: Vec<BytesRef>,
-    pub sealing: Sealing,
+    /// The parts of the table again, for the cache.
+    pub shared: Vec<SharedPart>,
+    pub epochs: Vec<EpochId>,
+    /// All that the snapshot uses, the parent's among them.
+    pub packs: Vec<PackEntry>,
+    /// Bytes of the packs that are new.
+    pub stored_bytes: u64,
     pub files: u64,
     pub bytes: u64,
     pub doubts: Doubts,
@@ -128,41 +85,45 @@ pub struct Assembled {
 #[derive(Debug)]
 pub struct Assembler {
     packs: Packs,
+    parent: Option<Arc<Parent>>,
+    cache: Arc<CacheWriter>,
     reading: Arc<Reading>,
     meter: Arc<Meter>,
-    /// The number of the first of `files`.
-    first: u64,
-    files: VecDeque<Pending>,
+    next_number: u64,
+    /// Files of which parts are to come.
+    files: HashMap<u64, Pending>,
+    /// Files whose frames are not all sealed.
+    unsealed: Vec<Pending>,
     maps: Loose,
-    entries: VecDeque<Entry>,
-    table: TablePart,
-    table_bytes: usize,
-    table_frames: Loose,
-    table_parts: Vec<Vec<Piece>>,
-    /// Frames that were read behind the end of a file that became shorter.
-    unused: Vec<Place>,
-    file_count: u64,
+    waiting: Vec<Waiting>,
+    entries: Entries,
+    usage: Usage,
     bytes: u64,
     doubts: Doubts,
 }
 
 impl Assembler {
-    pub fn new(packs: Packs, reading: Arc<Reading>, meter: Arc<Meter>) -> Assembler {
+    pub fn new(
+        packs: Packs,
+        parent: Option<Arc<Parent>>,
+        cache: Arc<CacheWriter>,
+        reading: Arc<Reading>,
+        meter: Arc<Meter>,
+    ) -> Assembler {
         let level = reading.level;
         Assembler {
             packs,
+            parent,
+            cache,
             reading,
             meter,
-            first: 0,
-            files: VecDeque::new(),
+            next_number: 0,
+            files: HashMap::new(),
+            unsealed: Vec::new(),
             maps: Loose::new(FrameUse::Maps, level),
-            entries: VecDeque::new(),
-            table: TablePart::default(),
-            table_bytes: 0,
-            table_frames: Loose::new(FrameUse::Table, level),
-            table_parts: Vec::new(),
-            unused: Vec::new(),
-            file_count: 0,
+            waiting: Vec::new(),
+            entries: Entries::default(),
+            usage: Usage::default(),
             bytes: 0,
             doubts: Doubts::default(),
         }
@@ -174,45 +135,32 @@ impl Assembler {
             match message {
                 Message::Begun(begun) => self.begin(begun).await?,
                 Message::Packed(packed) => self.packed(packed).await?,
+                Message::Read(parts) => self.read(parts).await?,
                 Message::Failed(error) => return Err(error),
             }
         }
-        match self.files.iter().all(Pending::is_complete) {
+        match self.files.is_empty() {
             true => Ok(()),
             false => Err(Error::new(Kind::Bug, "a thread that reads files ended too early")),
         }
     }
 
     async fn begin(&mut self, begun: Begun) -> Result<()> {
-        self.files.push_back(Pending::new(begun));
-        let waiting = self.files.len() + self.entries.len();
-        match waiting >= WAITING_FILES_MAX && waiting.is_multiple_of(WAITING_FILES_MAX / 4) {
-            true => self.relieve().await,
-            false => Ok(()),
+        let (number, has_parts) = (self.next_number, begun.parts > 0);
+        self.next_number += 1;
+        let pending = Pending::new(begun);
+        if !has_parts {
+            return self.complete(pending).await;
         }
+        self.files.insert(number, pending);
+        Ok(())
     }
 
     async fn packed(&mut self, packed: Packed) -> Result<()> {
-        let Packed { usage, frame, hashes, parts, vanished } = packed;
-        for number in vanished {
-            self.file(number)?.has_vanished = true;
-        }
-        let mut rest = hashes.as_slice();
-        let mut shares = Vec::with_capacity(parts.len());
-        for part in &parts {
-            let pages = (part.bytes as usize).div_ceil(self.reading.page_bytes as usize);
-            let (share, after) = rest.split_at(pages * 8);
-            shares.push(share.to_vec());
-            rest = after;
-        }
-        let place = frame.map(|frame| self.packs.add(frame, usage, hashes));
-        for (part, share) in parts.into_iter().zip(shares) {
-            self.note(&part)?;
-            let number = part.file;
-            let file = self.file(number)?;
-            file.early.insert(part.part, (part, place.clone(), share));
-            let unused = file.absorb();
-            self.unused.extend(unused);
+        let Packed { usage, frame, hashes, holds } = packed;
+        let place = self.packs.add(frame, usage, hashes);
+        for held in holds {
+            self.file(held.file)?.held.push((place.clone(), held));
         }
         match self.packs.is_full() {
             true => {
@@ -223,92 +171,134 @@ impl Assembler {
         }
     }
 
+    async fn read(&mut self, parts: Vec<Part>) -> Result<()> {
+        for part in parts {
+            let number = part.file;
+            let file = self.file(number)?;
+            file.take(part);
+            if file.is_complete() {
+                let file = self.files.remove(&number).expect("looked at just now");
+                self.complete(file).await?;
+            }
+        }
+        Ok(())
+    }
+
     fn file(&mut self, number: u64) -> Result<&mut Pending> {
-        let at = number.checked_sub(self.first).map(|at| at as usize);
-        at.and_then(|at| self.files.get_mut(at))
-            .ok_or_else(|| Error::new(Kind::Bug, "a part of a file that was not begun"))
+        let unknown = || Error::new(Kind::Bug, "a part of a file that was not begun");
+        self.files.get_mut(&number).ok_or_else(unknown)
     }
 
-    fn note(&mut self, part: &Part) -> Result<()> {
-        for doubt in &part.doubts {
-            let page =
-                CorruptPage { path: self.file(part.file)?.begun.path.clone(), block: doubt.block };
-            match doubt.newer {
-                Some(lsn) if self.doubts.newer.len() < NAMED_PAGES_MAX => {
-                    self.doubts.newer.push((page, lsn));
-                }
-                Some(_) => {}
-                None => self.doubts.add(page),
-            }
+    /// A file all of whose parts are known.
+    async fn complete(&mut self, file: Pending) -> Result<()> {
+        if file.has_vanished {
+            return Ok(());
         }
-        Ok(())
-    }
-
-    /// Moves on whatever no longer has to wait.
-    async fn advance(&mut self) -> Result<()> {
-        while let Some(file) = self.files.front() {
-            let Some(frames) = file.resolved() else { break };
-            let file = self.files.pop_front().expect("looked at just now");
-            self.first += 1;
-            if !file.has_vanished {
-                self.entry(file, frames).await?;
-            }
+        for doubt in &file.doubts {
+            let page = CorruptPage { path: file.begun.path.clone(), block: doubt.block };
+            self.doubts.note(page, doubt.newer);
         }
-        while let Some(waiting) = self.entries.front() {
-            let map = match &waiting.map {
-                None => None,
-                Some(pieces) => match Piece::resolve(pieces) {
-                    Some(map) => Some(map),
-                    None => break,
-                },
-            };
-            let mut entry = self.entries.pop_front().expect("looked at just now").entry;
-            if let Some(map) = map {
-                entry.content = Content::Mapped(map);
-            }
-            self.list(entry).await?;
-        }
-        Ok(())
-    }
-
-    /// A file whose frames have their addresses.
-    async fn entry(&mut self, file: Pending, frames: Vec<FrameRef>) -> Result<()> {
-        let Pending { begun, size, digest, frames: places, .. } = file;
-        let (content, map) = match frames[..] {
-            [] => (Content::Empty, None),
-            [frame] => (Content::Within { frame, at: places[0].1 }, None),
-            _ => {
-                let map = map_of(frames, &places, self.reading.page_bytes);
-                (Content::Empty, Some(self.maps.write(&mut self.packs, &map.encode()).await?))
-            }
-        };
-        let kind = if begun.is_folder { FileKind::Directory } else { FileKind::File };
-        let digest = (!begun.is_folder).then(|| digest.finish(size));
         self.meter.file();
-        self.file_count += 1;
-        self.bytes += size;
-        let entry = FileEntry { path: begun.path, kind, mode: begun.mode, size, digest, content };
-        self.entries.push_back(Entry { entry, map });
-        Ok(())
-    }
-
-    /// Puts a finished entry into the table.
-    async fn list(&mut self, entry: FileEntry) -> Result<()> {
-        self.table_bytes += cbor::encode(&entry).len();
-        self.table.files.push(entry);
-        match self.table_bytes >= TABLE_PART_BYTES {
-            true => self.close_table_part().await,
+        self.bytes += file.size;
+        if file.held.is_empty() {
+            return self.entry(file, Vec::new()).await;
+        }
+        self.unsealed.push(file);
+        let waiting = self.unsealed.len() + self.waiting.len();
+        match waiting >= WAITING_FILES_MAX && waiting.is_multiple_of(WAITING_FILES_MAX / 4) {
+            true => self.relieve().await,
             false => Ok(()),
         }
     }
 
-    async fn close_table_part(&mut self) -> Result<()> {
-        self.table_bytes = 0;
-        let part = cbor::encode(&std::mem::take(&mut self.table));
-        let pieces = self.table_frames.write(&mut self.packs, &part).await?;
-        self.table_frames.flush(&mut self.packs).await?;
-        self.table_parts.push(pieces);
+    /// Moves on whatever no longer has to wait.
+    async fn advance(&mut self) -> Result<()> {
+        for file in std::mem::take(&mut self.unsealed) {
+            match file.stored() {
+                Some(stored) => self.entry(file, stored).await?,
+                None => self.unsealed.push(file),
+            }
+        }
+        for mut waiting in std::mem::take(&mut self.waiting) {
+            match Piece::resolve(&waiting.map) {
+                Some(map) => {
+                    self.usage.mark_bytes(&map)?;
+                    waiting.entry.content = Content::Mapped(map);
+                    self.list(waiting.entry, waiting.record, waiting.read_bytes);
+                }
+                None => self.waiting.push(waiting),
+            }
+        }
         Ok(())
+    }
+
+    /// A file whose new frames have their addresses.
+    async fn entry(&mut self, file: Pending, stored: Vec<Stored>) -> Result<()> {
+        let Pending { begun, size, digest, chunks, doubts, .. } = file;
+        let (path, mode) = (begun.path, begun.mode);
+        let kind = if begun.is_folder { FileKind::Directory } else { FileKind::File };
+        let digest = digest.finish(size);
+        let of_file = (!begun.is_folder).then_some(digest);
+        let content = Content::Empty;
+        let mut entry =
+            FileEntry { path: path.clone(), kind, mode, size, digest: of_file, content };
+        if size == 0 {
+            self.entries.add(&entry);
+            return Ok(());
+        }
+        let doubts = doubts.iter().map(|doubt| DoubtRecord { page: doubt.page }).collect();
+        let (content, stat) = (Content::Empty, begun.stat);
+        let mut record =
+            FileRecord { path, size, digest, content, chunks, map: None, stat, doubts };
+        let old = match &begun.known {
+            Some(known) => {
+                let known = known.clone();
+                pool::run(move || known.map()).await??
+            }
+            None => FileMap::default(),
+        };
+        let unchanged =
+            begun.known.as_ref().filter(|known| stored.is_empty() && known.record.size == size);
+        let pages = size.div_ceil(u64::from(self.reading.page_bytes)) as u32;
+        let page_bytes = self.reading.page_bytes;
+        let map = match unchanged {
+            Some(_) => old,
+            None => pool::run(move || overlay::overlay(&old, stored, pages, page_bytes)).await??,
+        };
+        map.frames.iter().try_for_each(|frame| self.usage.mark(frame))?;
+        let read_bytes = overlay::read_bytes(&map);
+        if let ([frame], [run]) = (&map.frames[..], &map.runs[..]) {
+            entry.content = Content::Within { frame: *frame, at: run.at };
+            self.list(entry, record, read_bytes);
+            return Ok(());
+        }
+        let kept = unchanged.map(|known| &known.record.content).filter(|c| self.may_stay(c));
+        let bytes = map.encode();
+        record.map = Some(self.cache.map(&bytes));
+        if let Some(Content::Mapped(map)) = kept {
+            self.usage.mark_bytes(map)?;
+            entry.content = Content::Mapped(map.clone());
+            self.list(entry, record, read_bytes);
+            return Ok(());
+        }
+        let map = self.maps.write(&mut self.packs, &bytes).await?;
+        self.waiting.push(Waiting { entry, record, map, read_bytes });
+        Ok(())
+    }
+
+    /// True for the parent's map where its bytes lie in packs that stay.
+    fn may_stay(&self, content: &Content) -> bool {
+        match (content, &self.parent) {
+            (Content::Mapped(map), Some(parent)) => parent.keeps(map),
+            _ => false,
+        }
+    }
+
+    /// A finished file: into the table, and into the cache.
+    fn list(&mut self, entry: FileEntry, mut record: FileRecord, read_bytes: u64) {
+        self.entries.add(&entry);
+        record.content = entry.content;
+        self.cache.record(&record, read_bytes);
     }
 
     /// Seals what there is, so that all that can move on does.
@@ -323,113 +313,81 @@ impl Assembler {
     pub async fn add_control(&mut self, path: &str, mode: u32, bytes: Vec<u8>) -> Result<()> {
         let (reading, size) = (self.reading.clone(), bytes.len() as u32);
         let (frame, hashes) = pool::run(move || pack_whole(&reading, &bytes)).await??;
-        let number = self.first + self.files.len() as u64;
-        let begun = Begun { path: path.to_string(), mode, is_folder: false, parts: 1 };
-        self.begin(begun).await?;
-        let part =
-            Part { file: number, part: 0, at: 0, bytes: size, whole: true, doubts: Vec::new() };
-        let (usage, vanished) = (FrameUse::Small, Vec::new());
+        let file = self.next_number;
+        let (path, is_folder, known, stat) = (path.to_string(), false, None, None);
+        self.begin(Begun { path, mode, is_folder, parts: 1, known, stat }).await?;
         self.meter.read(size.into());
-        self.packed(Packed { usage, frame: Some(frame), hashes, parts: vec![part], vanished }).await
+        let held = Held { file, first_page: 0, pages: (hashes.len() / 8) as u32, at: 0 };
+        let (usage, holds, chunk) = (FrameUse::Small, vec![held], self.cache.chunk(&hashes));
+        self.packed(Packed { usage, frame, hashes: hashes.clone(), holds }).await?;
+        let (state, doubts) = (PartState::Whole, Vec::new());
+        self.read(vec![Part { file, part: 0, bytes: size, state, hashes, chunk, doubts }]).await
     }
 
     /// Seals the last frames, then the last maps, then the table: each needs the addresses of the one before.
     pub async fn finish(mut self) -> Result<Assembled> {
         self.relieve().await?;
         self.relieve().await?;
-        if !self.files.is_empty() || !self.entries.is_empty() {
+        let waits = !self.files.is_empty() || !self.unsealed.is_empty() || !self.waiting.is_empty();
+        if waits {
             return Err(Error::new(Kind::Bug, "a frame of a snapshot was never sealed"));
         }
-        self.close_table_part().await?;
-        self.relieve().await?;
-        let table = self.table_parts.iter().map(|pieces| Piece::resolve(pieces));
-        let table = table.collect::<Option<Vec<BytesRef>>>();
-        let table =
-            table.ok_or_else(|| Error::new(Kind::Bug, "the file table was never sealed"))?;
-        let unused: Vec<FrameRef> = self.unused.iter().filter_map(Place::frame).collect();
-        self.packs.disown(&unused);
-        Ok(Assembled {
-            table,
-            sealing: self.packs.into_sealed(),
-            files: self.file_count,
-            bytes: self.bytes,
-            doubts: self.doubts,
-        })
-    }
-}
-
-impl Pending {
-    fn new(begun: Begun) -> Pending {
-        Pending {
-            begun,
-            size: 0,
-            digest: FileDigest::new(),
-            frames: Vec::new(),
-            next_part: 0,
-            early: BTreeMap::new(),
-            has_ended: false,
-            has_vanished: false,
+        let entries = std::mem::take(&mut self.entries);
+        let files = entries.count();
+        let shared = self.write_table(entries).await?;
+        let table: Vec<BytesRef> = shared.iter().map(|part| part.place.clone()).collect();
+        table.iter().try_for_each(|part| self.usage.mark_bytes(part))?;
+        let sealed = self.packs.into_sealed();
+        let stored_bytes = sealed.packs.iter().map(|pack| pack.size).sum();
+        let (mut epochs, mut packs) = (sealed.epochs, sealed.packs);
+        packs.retain_mut(|entry| self.usage.settle(entry));
+        if let Some(parent) = &self.parent {
+            parent.add_packs(&mut self.usage, &mut epochs, &mut packs)?;
         }
+        if let Some(pack) = self.usage.rest() {
+            let reason = format!("pack {pack} is neither new nor the parent's");
+            return Err(Error::new(Kind::Bug, reason));
+        }
+        let (bytes, doubts) = (self.bytes, self.doubts);
+        Ok(Assembled { table, shared, epochs, packs, stored_bytes, files, bytes, doubts })
     }
 
-    fn is_complete(&self) -> bool {
-        self.has_vanished || self.next_part == self.begun.parts
-    }
-
-    /// Takes the parts that are next in order; gives back frames that lie behind the file's end.
-    fn absorb(&mut self) -> Vec<Place> {
-        let mut unused = Vec::new();
-        while let Some((part, place, hashes)) = self.early.remove(&self.next_part) {
-            self.next_part += 1;
-            match place {
-                Some(place) if self.has_ended => unused.push(place),
-                Some(place) if part.bytes > 0 => {
-                    self.digest.push(hashes.as_chunks().0);
-                    self.size += u64::from(part.bytes);
-                    self.frames.push((place, part.at, part.bytes));
+    /// Writes those parts of the table that the parent does not have.
+    async fn write_table(&mut self, entries: Entries) -> Result<Vec<SharedPart>> {
+        enum At {
+            There(BytesRef),
+            New(Vec<Piece>),
+        }
+        let mut frames = Loose::new(FrameUse::Table, self.reading.level);
+        let mut parts = Vec::new();
+        for part in entries.into_parts() {
+            let hash = *blake3::hash(&part).as_bytes();
+            let there = self.parent.as_ref().and_then(|parent| parent.table_part(&hash));
+            let at = match there {
+                Some(there) => At::There(there.clone()),
+                None => {
+                    let pieces = frames.write(&mut self.packs, &part).await?;
+                    frames.flush(&mut self.packs).await?;
+                    At::New(pieces)
                 }
-                _ => {}
+            };
+            if self.packs.is_full() {
+                self.packs.seal().await?;
             }
-            self.has_ended |= !part.whole;
+            parts.push((hash, at));
         }
-        unused
+        self.packs.seal().await?;
+        self.packs.settle().await?;
+        let unsealed = || Error::new(Kind::Bug, "the file table was never sealed");
+        let place = |at: At| match at {
+            At::There(place) => Ok(place),
+            At::New(pieces) => Piece::resolve(&pieces).ok_or_else(unsealed),
+        };
+        parts
+            .into_iter()
+            .map(|(hash, at)| place(at).map(|place| SharedPart { hash, place }))
+            .collect()
     }
-
-    /// The addresses of all frames; none as long as one is to come.
-    fn resolved(&self) -> Option<Vec<FrameRef>> {
-        match (self.is_complete(), self.has_vanished) {
-            (false, _) => None,
-            (true, true) => Some(Vec::new()),
-            (true, false) => self.frames.iter().map(|(place, ..)| place.frame()).collect(),
-        }
-    }
-}
-
-impl Doubts {
-    fn add(&mut self, page: CorruptPage) {
-        self.corrupt_count += 1;
-        if self.corrupt.len() < NAMED_PAGES_MAX {
-            self.corrupt.push(page);
-        }
-    }
-
-    /// Pages that claim to be changed after the backup ended were not: they are damaged.
-    pub fn judge(&mut self, stop: Lsn) {
-        let newer = std::mem::take(&mut self.newer);
-        newer.into_iter().filter(|(_, lsn)| *lsn > stop).for_each(|(page, _)| self.add(page));
-    }
-}
-
-fn map_of(frames: Vec<FrameRef>, places: &[(Place, u32, u32)], page_bytes: u32) -> FileMap {
-    let mut first_page = 0;
-    let runs = places.iter().enumerate().map(|(number, (_, at, bytes))| {
-        let run =
-            Run { first_page, pages: bytes.div_ceil(page_bytes), frame: number as u32, at: *at };
-        first_page += run.pages;
-        run
-    });
-    let runs = runs.collect();
-    FileMap { frames, runs }
 }
 
 #[cfg(test)]

@@ -3,6 +3,7 @@
 //! That is: every pack, whoever stored it, with its right size; and the WAL from the start of the segment that holds
 //! the snapshot's start up to its stop. A crash before leaves a `begin` without a manifest: no snapshot.
 
+use super::parent::{self, Parent};
 use super::ship::{Fleet, Lane, Parcel, patiently, put_patiently};
 use crate::wal::WalStatus;
 use backstay_common::id::{Branch, LocationName};
@@ -46,6 +47,8 @@ pub struct Commit<'a> {
     pub fleet: &'a Fleet,
     pub wal: &'a watch::Receiver<WalStatus>,
     pub plain: &'a ManifestPlain,
+    /// What it refers to.
+    pub parent: Option<&'a Parent>,
     /// Sealed once, the same everywhere.
     pub manifest: &'a Parcel,
 }
@@ -66,9 +69,27 @@ impl Commit<'_> {
         }
         self.fill(lane).await?;
         self.wait_for_wal(lane).await?;
+        self.parent_is_kept(lane).await?;
         put_patiently(lane.writer(), self.manifest).await.context("put the manifest")?;
         tracing::info!(location = %lane.name(), snapshot = %self.plain.snapshot, "snapshot committed");
         Ok(())
+    }
+
+    /// Makes sure that nobody deleted the parent meanwhile, whose packs would go with it.
+    async fn parent_is_kept(&self, lane: &Lane) -> Result<()> {
+        let Some(parent) = self.parent else { return Ok(()) };
+        if parent::is_still_listed(parent, lane.writer().location()).await? {
+            return Ok(());
+        }
+        for other in self.fleet.lanes().iter().filter(|other| other.name() != lane.name()) {
+            let listed = parent::is_still_listed(parent, other.writer().location()).await;
+            if listed.unwrap_or(false) {
+                return Ok(());
+            }
+        }
+        let reason = format!("snapshot {}, which this one refers to, is gone", parent.id());
+        Err(Error::new(Kind::Storage, reason)
+            .remedy("the next attempt compares with another snapshot"))
     }
 
     /// Makes sure that all packs are listed, by copying those that are not.
@@ -121,6 +142,7 @@ impl Commit<'_> {
             });
             match (checked, self.plain.epochs.get(entry.epoch as usize)) {
                 (Ok(bytes), Some(epoch)) => {
+                    to.writer().learn_wraps(*epoch, from.writer().location()).await?;
                     return put_patiently(to.writer(), &Parcel::new(name, *epoch, bytes, None))
                         .await;
                 }

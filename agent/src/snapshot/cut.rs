@@ -1,39 +1,42 @@
-//! Cuts what the walk finds into jobs for the readers: big files into runs of pages, small files into bundles.
+//! Cuts what the walk finds into jobs for the readers: big files into stretches, small files into bundles. What is known to
+//! be unchanged without being read becomes no job at all.
 //!
-//! The assembler is told of each file, in order, before any job of it can be done.
+//! The assembler is told of each file before any job of it can be done.
 
-use super::assemble::{Begun, Message};
+use super::assemble::{Begun, Message, Part, PartState};
+use super::cache::{CacheWriter, Known};
+use super::parent::Parent;
+use super::progress::Meter;
 use super::walk::{self, Found, Tree, What, unreadable};
-use backstay_common::seal::FRAME_BYTES_MAX;
 use backstay_common::{Error, Kind, Result};
 use std::fs::File;
 use std::io::ErrorKind;
+use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::mpsc::SyncSender;
 use tokio::sync::mpsc;
 
 /// Files below this share frames.
-const SMALL_BELOW: u64 = 64 << 10;
+pub const SMALL_BELOW: u64 = 64 << 10;
 const BUNDLE_FILES_MAX: usize = 1024;
-/// A bundle is read at the latest when so many runs came after its first file: what waits for it is bounded.
-const BUNDLE_WAITS_MAX: u32 = 256;
+/// A bundle is read at the latest when so many parts came after its first file: what waits for it is bounded.
+const BUNDLE_WAITS_MAX: u32 = 1024;
+/// Parts of one file that one reader reads in a row, so that the pages that changed fill frames: 64 MiB.
+const STRETCH_PARTS: u32 = 64;
 
-/// Something to read that becomes one frame.
+/// Something to read.
 #[derive(Debug)]
 pub enum Job {
-    Run(Run),
+    Stretch(Stretch),
     Bundle(Vec<SmallFile>),
 }
 
-/// Pages of one file, in order.
+/// Parts of one file, in order.
 #[derive(Debug)]
-pub struct Run {
+pub struct Stretch {
     pub file: Arc<OpenFile>,
-    /// Which run of the file.
-    pub part: u32,
-    pub offset: u64,
-    pub bytes: usize,
+    pub parts: Range<u32>,
 }
 
 /// A file that is read by several readers at once.
@@ -42,7 +45,10 @@ pub struct OpenFile {
     pub number: u64,
     pub path: String,
     pub handle: File,
+    /// When it was found.
+    pub bytes: u64,
     pub segment: Option<u32>,
+    pub known: Option<Arc<Known>>,
 }
 
 /// A file that is read whole.
@@ -52,32 +58,35 @@ pub struct SmallFile {
     pub source: PathBuf,
     pub bytes: usize,
     pub segment: Option<u32>,
+    pub known: Option<Arc<Known>>,
+}
+
+/// What the cutter gives to, and takes from.
+#[derive(Debug)]
+pub struct Links {
+    pub jobs: SyncSender<Job>,
+    pub messages: mpsc::Sender<Message>,
+    pub parent: Option<Arc<Parent>>,
+    pub cache: Arc<CacheWriter>,
+    pub meter: Arc<Meter>,
+    pub page_bytes: u32,
 }
 
 /// The files in order, and what is to be done with them.
 #[derive(Debug)]
 pub struct Cutter {
-    jobs: SyncSender<Job>,
-    messages: mpsc::Sender<Message>,
-    run_bytes: usize,
+    links: Links,
+    part_bytes: u64,
     next_number: u64,
     bundle: Vec<SmallFile>,
-    bundle_bytes: usize,
-    runs_since: u32,
+    parts_since: u32,
 }
 
 impl Cutter {
-    pub fn new(jobs: SyncSender<Job>, messages: mpsc::Sender<Message>, page_bytes: u32) -> Cutter {
-        let run_bytes = FRAME_BYTES_MAX - FRAME_BYTES_MAX % page_bytes as usize;
-        Cutter {
-            jobs,
-            messages,
-            run_bytes,
-            next_number: 0,
-            bundle: Vec::new(),
-            bundle_bytes: 0,
-            runs_since: 0,
-        }
+    pub fn new(links: Links) -> Cutter {
+        let page_bytes = u64::from(links.page_bytes);
+        let part_bytes = u64::from(super::part_pages(links.page_bytes)) * page_bytes;
+        Cutter { links, part_bytes, next_number: 0, bundle: Vec::new(), parts_since: 0 }
     }
 
     /// Cuts all of `tree`; a fault goes to the assembler. Blocks.
@@ -85,55 +94,108 @@ impl Cutter {
         let done = walk::walk(tree, &mut |found| self.found(found)).and_then(|()| self.flush());
         if let Err(error) = done {
             // Nobody listens if the snapshot has been given up.
-            let _ = self.messages.blocking_send(Message::Failed(error));
+            let _ = self.links.messages.blocking_send(Message::Failed(error));
         }
     }
 
     fn found(&mut self, found: Found) -> Result<()> {
-        match found.what {
-            What::Folder => self.begin(&found, true, 0).map(drop),
-            What::File { size: 0, .. } => self.begin(&found, false, 0).map(drop),
-            What::File { size, segment } if size < SMALL_BELOW => self.small(found, size, segment),
-            What::File { size, segment } => self.big(found, size, segment),
+        let What::File { size, segment, .. } = found.what else {
+            return self.begin(&found, 0, None).map(drop);
+        };
+        if size == 0 {
+            return self.begin(&found, 0, None).map(drop);
+        }
+        let known = match &self.links.parent {
+            Some(parent) => parent.known(&found.path)?.map(Arc::new),
+            None => None,
+        };
+        match known {
+            Some(known) if self.may_skip(&found, &known) => self.skip(&found, known),
+            known if size < SMALL_BELOW => self.small(found, size, segment, known),
+            known => self.big(found, size, segment, known),
         }
     }
 
-    fn begin(&mut self, found: &Found, is_folder: bool, parts: u32) -> Result<u64> {
+    fn may_skip(&self, found: &Found, known: &Known) -> bool {
+        let (What::File { stat, .. }, Some(then)) = (found.what, known.record.stat) else {
+            return false;
+        };
+        let parent = self.links.parent.as_ref();
+        parent.is_some_and(|parent| parent.may_skip(stat.device, &found.source))
+            && known.is_fresh()
+            && known.record.doubts.is_empty()
+            && stat.is_unchanged_since(&then)
+    }
+
+    /// Takes over what the parent has, without reading.
+    fn skip(&mut self, found: &Found, known: Arc<Known>) -> Result<()> {
+        let size = known.record.size;
+        let number = self.begin(found, known.parts(), Some(known.clone()))?;
+        let parts = (0..known.parts()).map(|part| {
+            let hashes = known.hashes(part)?;
+            let bytes = (size - u64::from(part) * self.part_bytes).min(self.part_bytes);
+            let (state, chunk) = (PartState::Skipped, self.links.cache.chunk(&hashes));
+            let bytes = bytes as u32;
+            Ok(Part { file: number, part, bytes, state, hashes, chunk, doubts: Vec::new() })
+        });
+        let parts = parts.collect::<Result<Vec<Part>>>()?;
+        self.links.meter.read(size);
+        self.links.messages.blocking_send(Message::Read(parts)).map_err(|_| given_up())
+    }
+
+    fn begin(&mut self, found: &Found, parts: u32, known: Option<Arc<Known>>) -> Result<u64> {
         let number = self.next_number;
         self.next_number += 1;
-        let begun = Begun { path: found.path.clone(), mode: found.mode, is_folder, parts };
-        self.messages.blocking_send(Message::Begun(begun)).map_err(|_| given_up())?;
+        let stat = match found.what {
+            What::File { stat, .. } => Some(stat),
+            What::Folder => None,
+        };
+        let (path, mode) = (found.path.clone(), found.mode);
+        let is_folder = found.what == What::Folder;
+        let begun = Begun { path, mode, is_folder, parts, known, stat };
+        self.links.messages.blocking_send(Message::Begun(begun)).map_err(|_| given_up())?;
         Ok(number)
     }
 
-    fn small(&mut self, found: Found, size: u64, segment: Option<u32>) -> Result<()> {
-        let bytes = size as usize;
-        if self.bundle_bytes + bytes > FRAME_BYTES_MAX || self.bundle.len() == BUNDLE_FILES_MAX {
+    fn small(
+        &mut self,
+        found: Found,
+        size: u64,
+        segment: Option<u32>,
+        known: Option<Arc<Known>>,
+    ) -> Result<()> {
+        if self.bundle.len() == BUNDLE_FILES_MAX {
             self.flush()?;
         }
-        let number = self.begin(&found, false, 1)?;
-        self.bundle.push(SmallFile { number, source: found.source, bytes, segment });
-        self.bundle_bytes += bytes;
+        let number = self.begin(&found, 1, known.clone())?;
+        let (source, bytes) = (found.source, size as usize);
+        self.bundle.push(SmallFile { number, source, bytes, segment, known });
         Ok(())
     }
 
-    fn big(&mut self, found: Found, size: u64, segment: Option<u32>) -> Result<()> {
+    fn big(
+        &mut self,
+        found: Found,
+        size: u64,
+        segment: Option<u32>,
+        known: Option<Arc<Known>>,
+    ) -> Result<()> {
         let handle = match File::open(&found.source) {
             Ok(handle) => handle,
             Err(e) if e.kind() == ErrorKind::NotFound => return Ok(()),
             Err(e) => return Err(unreadable(&found.source, e)),
         };
-        let parts = u32::try_from(size.div_ceil(self.run_bytes as u64)).map_err(|_| {
+        let parts = u32::try_from(size.div_ceil(self.part_bytes)).map_err(|_| {
             Error::new(Kind::Local, format!("{} is too large", found.source.display()))
         })?;
-        let number = self.begin(&found, false, parts)?;
-        let file = Arc::new(OpenFile { number, path: found.path, handle, segment });
-        for part in 0..parts {
-            let offset = u64::from(part) * self.run_bytes as u64;
-            let bytes = (size - offset).min(self.run_bytes as u64) as usize;
-            self.give(Job::Run(Run { file: file.clone(), part, offset, bytes }))?;
-            self.runs_since += 1;
-            if self.runs_since >= BUNDLE_WAITS_MAX {
+        let number = self.begin(&found, parts, known.clone())?;
+        let (path, bytes) = (found.path, size);
+        let file = Arc::new(OpenFile { number, path, handle, bytes, segment, known });
+        for first in (0..parts).step_by(STRETCH_PARTS as usize) {
+            let parts = first..parts.min(first + STRETCH_PARTS);
+            self.parts_since += parts.len() as u32;
+            self.give(Job::Stretch(Stretch { file: file.clone(), parts }))?;
+            if self.parts_since >= BUNDLE_WAITS_MAX {
                 self.flush()?;
             }
         }
@@ -141,7 +203,7 @@ impl Cutter {
     }
 
     fn flush(&mut self) -> Result<()> {
-        (self.bundle_bytes, self.runs_since) = (0, 0);
+        self.parts_since = 0;
         match std::mem::take(&mut self.bundle) {
             bundle if bundle.is_empty() => Ok(()),
             bundle => self.give(Job::Bundle(bundle)),
@@ -149,7 +211,7 @@ impl Cutter {
     }
 
     fn give(&self, job: Job) -> Result<()> {
-        self.jobs.send(job).map_err(|_| given_up())
+        self.links.jobs.send(job).map_err(|_| given_up())
     }
 }
 

@@ -131,15 +131,6 @@ impl Packs {
         Ok(())
     }
 
-    /// Frames that nothing names after all: their bytes are no longer alive.
-    pub fn disown(&mut self, frames: &[FrameRef]) {
-        for frame in frames {
-            if let Some(entry) = self.done.packs.iter_mut().find(|entry| entry.id() == frame.pack) {
-                entry.live_bytes -= u64::from(frame.span.sealed_bytes);
-            }
-        }
-    }
-
     #[cfg(test)]
     pub fn fleet(&self) -> &Arc<Fleet> {
         &self.fleet
@@ -160,7 +151,7 @@ fn seal_pack(filled: Filling, epoch: &backstay_common::keys::Epoch, system: Syst
     seal::seal(draft, epoch, |id| ObjectName::Pack { system, id })
 }
 
-/// `epoch` is filled in by whoever keeps the list of epochs.
+/// `epoch` is filled in by whoever keeps the list of epochs, `live_bytes` by whoever knows which frames are used.
 fn entry(sealed: &Sealed) -> PackEntry {
     PackEntry {
         epoch: 0,
@@ -168,6 +159,6 @@ fn entry(sealed: &Sealed) -> PackEntry {
         commitment: *sealed.header.commitment(),
         size: sealed.bytes.len() as u64,
         hash: sealed.hash(),
-        live_bytes: sealed.spans.iter().map(|span| u64::from(span.sealed_bytes)).sum(),
+        live_bytes: 0,
     }
 }

@@ -3,15 +3,19 @@
 //! A file is read up to the size that it had when it was found. Pages that are appended later, or
 //! changed while they are read, come right in replay: PostgreSQL logs them whole while the backup runs. A file that
 //! became shorter ends where it ends now, and one that vanished is left out: the log says why.
+//!
+//! A page that equals the parent's is not held to its checksum again, unless the parent's was wrong.
 
-use super::assemble::{Doubt, Message, Packed, Part};
-use super::cut::{Job, Run, SmallFile};
+use super::assemble::{Doubt, Message, Part, PartState};
+use super::cache::{CacheWriter, Known};
+use super::cut::{Job, OpenFile, SMALL_BELOW, SmallFile, Stretch};
+use super::diff::{self, Differ, tight};
 use super::progress::Meter;
 use super::walk::unreadable;
 use backstay_common::lsn::Lsn;
 use backstay_common::page::{self, PageState};
 use backstay_common::seal::{FRAME_BYTES_MAX, Frame, Packer};
-use backstay_common::snapshot::{FrameUse, page_hash};
+use backstay_common::snapshot::page_hash;
 use backstay_common::{Context, Error, Result};
 use std::fs::File;
 use std::io::{self, ErrorKind};
@@ -45,118 +49,134 @@ pub struct Reading {
 pub struct Reader {
     reading: Arc<Reading>,
     meter: Arc<Meter>,
-    packer: Packer,
+    cache: Arc<CacheWriter>,
+    differ: Differ,
     buffer: Vec<u8>,
 }
 
 impl Reader {
-    pub fn new(reading: Arc<Reading>, meter: Arc<Meter>) -> Result<Reader> {
-        let packer = Packer::new(reading.level)?;
-        Ok(Reader { reading, meter, packer, buffer: vec![0; FRAME_BYTES_MAX] })
+    pub fn new(
+        reading: Arc<Reading>,
+        meter: Arc<Meter>,
+        cache: Arc<CacheWriter>,
+        messages: mpsc::Sender<Message>,
+    ) -> Result<Reader> {
+        let differ = Differ::new(&reading, messages)?;
+        Ok(Reader { reading, meter, cache, differ, buffer: vec![0; FRAME_BYTES_MAX] })
     }
 
     /// Works until there are no more jobs, or nobody wants what becomes of them. Blocks.
-    pub fn work(mut self, jobs: &Mutex<Receiver<Job>>, messages: &mpsc::Sender<Message>) {
+    pub fn work(mut self, jobs: &Mutex<Receiver<Job>>) {
         loop {
             let job = jobs.lock().expect("no panic while held").recv();
             let Ok(job) = job else { return };
-            let message = match self.job(job) {
-                Ok(packed) => Message::Packed(packed),
-                Err(error) => Message::Failed(error),
-            };
-            let failed = matches!(message, Message::Failed(_));
-            if messages.blocking_send(message).is_err() || failed {
+            if let Err(error) = self.job(job) {
+                // Nobody listens if the snapshot has been given up.
+                let _ = self.differ.send(Message::Failed(error));
                 return;
             }
         }
     }
 
-    fn job(&mut self, job: Job) -> Result<Packed> {
-        match job {
-            Job::Run(run) => self.run(&run),
-            Job::Bundle(files) => self.bundle(&files),
-        }
-    }
-
-    fn run(&mut self, run: &Run) -> Result<Packed> {
-        let doing = || format!("read {}", run.file.path);
-        let plain = &mut self.buffer[..run.bytes];
-        let bytes = read_full(&run.file.handle, plain, run.offset).context(doing())?;
-        let plain = &mut plain[..bytes];
-        let pages = Pages { file: &run.file.handle, offset: run.offset, segment: run.file.segment };
-        let doubts = self.reading.judge(plain, &pages).context(doing())?;
-        let part = Part {
-            file: run.file.number,
-            part: run.part,
-            at: 0,
-            bytes: bytes as u32,
-            whole: bytes == run.bytes,
-            doubts,
-        };
-        self.meter.read(run.bytes as u64);
-        self.pack(FrameUse::Image, bytes, vec![part], Vec::new())
-    }
-
-    fn bundle(&mut self, files: &[SmallFile]) -> Result<Packed> {
-        let (mut at, mut parts, mut vanished) = (0, Vec::with_capacity(files.len()), Vec::new());
-        for file in files {
-            let part = self.small(file, at).map_err(|e| e.context("read a small file"))?;
-            match part {
-                Some(part) => {
-                    at += part.bytes as usize;
-                    parts.push(part);
-                }
-                None => vanished.push(file.number),
+    fn job(&mut self, job: Job) -> Result<()> {
+        let parts = match job {
+            Job::Stretch(stretch) => self
+                .stretch(&stretch)
+                .map_err(|e| e.context(format_args!("read {}", stretch.file.path)))?,
+            Job::Bundle(files) => {
+                self.bundle(&files).map_err(|e| e.context("read a small file"))?
             }
-            self.meter.read(file.bytes as u64);
-        }
-        self.pack(FrameUse::Small, at, parts, vanished)
+        };
+        self.differ.flush()?;
+        self.differ.send(Message::Read(parts))
     }
 
-    /// Reads a file to `at` in the buffer; none if it has vanished.
-    fn small(&mut self, small: &SmallFile, at: usize) -> Result<Option<Part>> {
-        let plain = &mut self.buffer[at..at + small.bytes];
+    fn stretch(&mut self, stretch: &Stretch) -> Result<Vec<Part>> {
+        stretch.parts.clone().map(|part| self.part(&stretch.file, part)).collect()
+    }
+
+    fn part(&mut self, file: &OpenFile, part: u32) -> Result<Part> {
+        let first = part * super::part_pages(self.reading.page_bytes);
+        let offset = u64::from(first) * u64::from(self.reading.page_bytes);
+        let whole = (self.buffer.len() as u64).min(file.bytes - offset) as usize;
+        let read =
+            read_full(&file.handle, &mut self.buffer[..whole], offset).context("its pages")?;
+        let (handle, segment) = (&file.handle, file.segment);
+        let pages = Pages { file: handle, offset, segment };
+        let plain = &mut self.buffer[..read];
+        let known = file.known.as_deref();
+        let compared = compare(&self.reading, plain, &pages, known, part)?;
+        let Compared { hashes, changed, doubts } = compared;
+        let (file, plain) = (file.number, &self.buffer[..read]);
+        self.differ.run(diff::Pages { file, first, plain, hashes: &hashes }, &changed)?;
+        self.meter.read(whole as u64);
+        let state = if read == whole { PartState::Whole } else { PartState::Short };
+        let (bytes, chunk) = (read as u32, self.cache.chunk(&hashes));
+        Ok(Part { file, part, bytes, state, hashes, chunk, doubts })
+    }
+
+    fn bundle(&mut self, files: &[SmallFile]) -> Result<Vec<Part>> {
+        files.iter().map(|file| self.small(file)).collect()
+    }
+
+    fn small(&mut self, small: &SmallFile) -> Result<Part> {
+        self.meter.read(small.bytes as u64);
+        let number = small.number;
         let file = match File::open(&small.source) {
             Ok(file) => file,
-            Err(e) if e.kind() == ErrorKind::NotFound => return Ok(None),
+            Err(e) if e.kind() == ErrorKind::NotFound => return Ok(Part::vanished(number)),
             Err(e) => return Err(unreadable(&small.source, e)),
         };
+        debug_assert!((small.bytes as u64) < SMALL_BELOW);
         let fault = |e: io::Error| unreadable(&small.source, e);
-        let bytes = read_full(&file, plain, 0).map_err(fault)?;
+        let bytes = read_full(&file, &mut self.buffer[..small.bytes], 0).map_err(fault)?;
         let pages = Pages { file: &file, offset: 0, segment: small.segment };
-        let doubts = self.reading.judge(&mut plain[..bytes], &pages).map_err(fault)?;
-        let whole = bytes == small.bytes;
-        Ok(Some(Part {
-            file: small.number,
-            part: 0,
-            at: at as u32,
-            bytes: bytes as u32,
-            whole,
-            doubts,
-        }))
-    }
-
-    /// Hashes and compresses the first `bytes` of the buffer, in which the parts lie one behind the other.
-    fn pack(
-        &mut self,
-        usage: FrameUse,
-        bytes: usize,
-        parts: Vec<Part>,
-        vanished: Vec<u64>,
-    ) -> Result<Packed> {
-        let plain = &self.buffer[..bytes];
-        let mut hashes =
-            Vec::with_capacity((bytes / self.reading.page_bytes as usize + parts.len()) * 8);
-        for part in &parts {
-            let file = &plain[part.at as usize..][..part.bytes as usize];
-            self.reading.hash(file, &mut hashes);
+        let plain = &mut self.buffer[..bytes];
+        let known = small.known.as_deref();
+        let compared = compare(&self.reading, plain, &pages, known, 0)?;
+        let Compared { hashes, changed, doubts } = compared;
+        let is_same = known.is_some_and(|known| known.record.size == bytes as u64);
+        if bytes > 0 && (!is_same || changed.contains(&true)) {
+            let plain = &self.buffer[..bytes];
+            self.differ.small(diff::Pages { file: number, first: 0, plain, hashes: &hashes })?;
         }
-        let frame = match bytes {
-            0 => None,
-            _ => Some(tight(Frame::pack(&mut self.packer, plain)?)),
-        };
-        Ok(Packed { usage, frame, hashes, parts, vanished })
+        let state = if bytes == small.bytes { PartState::Whole } else { PartState::Short };
+        let (bytes, chunk) = (bytes as u32, self.cache.chunk(&hashes));
+        Ok(Part { file: number, part: 0, bytes, state, hashes, chunk, doubts })
     }
+}
+
+/// What a part of a file is, beside what the parent has of it.
+struct Compared {
+    hashes: Vec<u8>,
+    changed: Vec<bool>,
+    doubts: Vec<Doubt>,
+}
+
+/// Hashes the pages, and holds those to their checksums that are not known to be right.
+fn compare(
+    reading: &Reading,
+    plain: &mut [u8],
+    pages: &Pages<'_>,
+    known: Option<&Known>,
+    part: u32,
+) -> Result<Compared> {
+    let mut hashes = Vec::with_capacity(plain.len().div_ceil(reading.page_bytes as usize) * 8);
+    reading.hash(plain, &mut hashes);
+    let old = known.map_or_else(|| Ok(Vec::new()), |known| known.hashes(part))?;
+    let first = part * super::part_pages(reading.page_bytes);
+    let is_sound = |n: usize| {
+        let is_same = old.as_chunks::<8>().0.get(n) == hashes.as_chunks::<8>().0.get(n);
+        is_same && known.is_some_and(|known| known.is_sound(first + n as u32))
+    };
+    let judged = reading.judge(plain, pages, &is_sound).context("a page again")?;
+    for n in judged.read_again {
+        let page_bytes = reading.page_bytes as usize;
+        let page = &plain[n * page_bytes..][..page_bytes];
+        hashes[n * 8..][..8].copy_from_slice(&page_hash(&reading.hash_key, page));
+    }
+    let changed = diff::changed(known, part, &old, &hashes);
+    Ok(Compared { hashes, changed, doubts: judged.doubts })
 }
 
 /// A file's bytes as one frame, for what is not read by a job.
@@ -164,12 +184,6 @@ pub fn pack_whole(reading: &Reading, plain: &[u8]) -> Result<(Frame, Vec<u8>)> {
     let mut hashes = Vec::new();
     reading.hash(plain, &mut hashes);
     Ok((tight(Frame::pack(&mut Packer::new(reading.level)?, plain)?), hashes))
-}
-
-/// The compressor reserves for the worst case, which frames that wait in a pack would hold on to.
-fn tight(mut frame: Frame) -> Frame {
-    frame.bytes.shrink_to_fit();
-    frame
 }
 
 /// Where the pages in a buffer come from.
@@ -188,10 +202,17 @@ impl Reading {
         }
     }
 
-    /// Checks the checksums of a relation's pages, and reads again those that are wrong. What stays wrong is kept and
-    /// reported.
-    fn judge(&self, plain: &mut [u8], pages: &Pages<'_>) -> io::Result<Vec<Doubt>> {
-        let (true, Some(segment)) = (self.checksums, pages.segment) else { return Ok(Vec::new()) };
+    /// Checks the checksums of a relation's pages but those that are known to be sound, and reads again those that are
+    /// wrong. What stays wrong is kept and reported.
+    fn judge(
+        &self,
+        plain: &mut [u8],
+        pages: &Pages<'_>,
+        is_sound: &dyn Fn(usize) -> bool,
+    ) -> io::Result<Judged> {
+        let (true, Some(segment)) = (self.checksums, pages.segment) else {
+            return Ok(Judged::default());
+        };
         let page_bytes = self.page_bytes as usize;
         let first = pages.offset / page_bytes as u64;
         let block = |n: usize| {
@@ -201,16 +222,19 @@ impl Reading {
         let mut judge = |n: usize, page: &[u8]| match page::verify(page, block(n), self.start) {
             PageState::Valid | PageState::New => true,
             PageState::TornOk => {
-                doubts.push(Doubt { block: block(n), newer: Some(page::page_lsn(page)) });
+                let page_number = first as u32 + n as u32;
+                let newer = Some(page::page_lsn(page));
+                doubts.push(Doubt { page: page_number, block: block(n), newer });
                 true
             }
             PageState::Mismatch { .. } => false,
         };
         for (n, page) in plain.chunks_exact(page_bytes).enumerate() {
-            if !judge(n, page) {
+            if !is_sound(n) && !judge(n, page) {
                 wrong.push(n);
             }
         }
+        let read_again = wrong.clone();
         for _ in 0..READS_AGAIN_MAX {
             if wrong.is_empty() {
                 break;
@@ -232,9 +256,19 @@ impl Reading {
             });
             failed.map_or(Ok(()), Err)?;
         }
-        doubts.extend(wrong.into_iter().map(|n| Doubt { block: block(n), newer: None }));
-        Ok(doubts)
+        let damaged =
+            |n: usize| Doubt { page: first as u32 + n as u32, block: block(n), newer: None };
+        doubts.extend(wrong.into_iter().map(damaged));
+        Ok(Judged { doubts, read_again })
     }
+}
+
+/// What became of the pages of a buffer.
+#[derive(Debug, Default)]
+struct Judged {
+    doubts: Vec<Doubt>,
+    /// Pages that may have changed in the buffer.
+    read_again: Vec<usize>,
 }
 
 /// Reads one page again; false, and the page as it was, if it is not there any more.

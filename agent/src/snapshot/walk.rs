@@ -6,13 +6,14 @@
 
 pub mod rules;
 
+use super::cache::FileStat;
 use backstay_common::snapshot::Tablespace;
 use backstay_common::{Context, Error, Kind, Result};
 use rules::RelationFile;
 use std::collections::HashSet;
 use std::fs::{self, Metadata};
 use std::io::{self, ErrorKind};
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 /// Read last, by itself.
@@ -52,6 +53,7 @@ pub enum What {
         size: u64,
         /// For a file of a relation: which segment of its fork.
         segment: Option<u32>,
+        stat: FileStat,
     },
 }
 
@@ -134,7 +136,8 @@ impl Walk<'_> {
         let Some(found) = looked_at(fs::metadata(&source), &source)? else { return Ok(()) };
         if found.is_file() && path != CONTROL_PATH {
             let segment = RelationFile::parse(name).filter(|_| in_relations).map(|f| f.segment);
-            let what = What::File { size: found.len(), segment };
+            let (size, stat) = (found.len(), stat(&found));
+            let what = What::File { size, segment, stat };
             return (self.visit)(Found { path, mode: mode(&found), source, what });
         }
         match found.is_dir() {
@@ -256,6 +259,14 @@ fn looked_at(found: io::Result<Metadata>, path: &Path) -> Result<Option<Metadata
 
 fn is_link(path: &Path) -> bool {
     fs::symlink_metadata(path).is_ok_and(|found| found.is_symlink())
+}
+
+/// The reading begins now, or later.
+fn stat(found: &Metadata) -> FileStat {
+    let changed = found.ctime().saturating_mul(1_000_000_000).saturating_add(found.ctime_nsec());
+    let read_began = jiff::Timestamp::now().as_nanosecond() as i64;
+    let (device, inode, size) = (found.dev(), found.ino(), found.len());
+    FileStat { device, inode, changed, size, read_began }
 }
 
 fn mode(found: &Metadata) -> u32 {

@@ -54,6 +54,26 @@ impl Peek {
     }
 }
 
+impl Opener {
+    /// The kind's own metadata, from the object's last bytes; none if the footer is longer than `tail`. The
+    /// opener's key derives from the whole header, so what is read is authentic.
+    pub fn meta_of_tail(&self, tail: &[u8]) -> Result<Option<Vec<u8>>> {
+        let corrupt = |reason: &str| {
+            Error::new(Kind::Corrupt, format!("object {}: its footer {reason}", self.name))
+        };
+        let end = tail.len().checked_sub(TRAILER_BYTES + FOOTER_LENGTH_BYTES);
+        let end = end.ok_or_else(|| corrupt("has no room"))?;
+        let length = tail[end..end + FOOTER_LENGTH_BYTES].try_into().expect("4 bytes");
+        let Some(start) = end.checked_sub(u32::from_le_bytes(length) as usize) else {
+            return Ok(None);
+        };
+        let footer = self.cipher.open(FOOTER_NUMBER, &tail[start..end]);
+        let footer = footer.ok_or_else(|| corrupt("fails its authentication tag"))?;
+        let meta = footer_meta(&footer).ok_or_else(|| corrupt("does not describe its frames"))?;
+        Ok(Some(meta))
+    }
+}
+
 /// What follows the list of frames: nine bytes for each.
 fn footer_meta(footer: &[u8]) -> Option<Vec<u8>> {
     let (frames, rest) = footer.split_first_chunk::<4>()?;
@@ -89,6 +109,12 @@ mod tests {
         assert!(
             Peek::read(&head, &sealed.bytes.slice(size - 40..), &sealed.name).unwrap().is_none()
         );
+        let opener = Opener::new(&sealed.header, &epoch).unwrap();
+        assert_eq!(opener.meta_of_tail(&tail).unwrap().unwrap(), b"what it says");
+        assert!(opener.meta_of_tail(&tail[160..]).unwrap().is_none());
+        let mut damaged = tail.to_vec();
+        damaged[200 - 50] ^= 1;
+        assert_eq!(opener.meta_of_tail(&damaged).unwrap_err().kind(), Kind::Corrupt);
         let mut damaged = tail.to_vec();
         damaged[200 - 50] ^= 1;
         let peek = Peek::read(&head, &damaged.into(), &sealed.name).unwrap().unwrap();

@@ -1,10 +1,13 @@
 use super::super::fixture::{PAGE, ReadBack, SYSTEM, Store};
 use super::super::walk::Tree;
 use super::super::{SnapshotProgress, start_threads};
+use super::pending::*;
 use super::*;
+use backstay_common::cbor;
 use backstay_common::id::SnapshotId;
+use backstay_common::lsn::Lsn;
 use backstay_common::seal::Packer;
-use backstay_common::snapshot::{PackMeta, page_hash};
+use backstay_common::snapshot::{FileDigest, PackMeta, TablePart, page_hash};
 use proptest::prelude::*;
 use std::path::Path;
 use tokio::sync::watch;
@@ -24,13 +27,17 @@ fn reading() -> Arc<Reading> {
     })
 }
 
-async fn assembler(store: &Store) -> Assembler {
+fn no_cache(dir: &Path) -> Arc<CacheWriter> {
+    Arc::new(CacheWriter::create(dir.join("unused.pages")))
+}
+
+async fn assembler(dir: &Path, store: &Store) -> Assembler {
     let meter =
         Arc::new(Meter::new(snapshot_id(), watch::Sender::new(SnapshotProgress::default())));
     let fleet = Arc::new(store.fleet(snapshot_id()).await);
     // The packs keep the fleet alive until the last of them is handed over.
     let packs = Packs::new(SYSTEM, store.epochs.clone(), fleet, meter.clone());
-    Assembler::new(packs, reading(), meter)
+    Assembler::new(packs, None, no_cache(dir), reading(), meter)
 }
 
 async fn settled(fleet: &Arc<super::super::ship::Fleet>) {
@@ -63,8 +70,9 @@ async fn take_in(dir: &Path, store: &Store) -> (Assembled, Vec<FileEntry>) {
         Arc::new(Meter::new(snapshot_id(), watch::Sender::new(SnapshotProgress::default())));
     let fleet = Arc::new(store.fleet(snapshot_id()).await);
     let packs = Packs::new(SYSTEM, store.epochs.clone(), fleet.clone(), meter.clone());
-    let mut assembler = Assembler::new(packs, reading(), meter.clone());
-    let messages = start_threads(&tree, &reading(), &meter).unwrap();
+    let cache = no_cache(dir);
+    let mut assembler = Assembler::new(packs, None, cache.clone(), reading(), meter.clone());
+    let messages = start_threads(&tree, &reading(), None, cache, meter).unwrap();
     assembler.take_all(messages).await.unwrap();
     assembler.add_control("global/pg_control", 0o600, content(99, 8192)).await.unwrap();
     let assembled = assembler.finish().await.unwrap();
@@ -154,22 +162,21 @@ fn a_footer_has_the_hashes_of_the_pages_in_its_frames() {
     });
 }
 
-fn packed(file: u64, part: u32, bytes: &[u8], whole: bool) -> Message {
-    let hashes = bytes.chunks(PAGE as usize).flat_map(|page| page_hash(&[7; 32], page)).collect();
-    let part = Part { file, part, at: 0, bytes: bytes.len() as u32, whole, doubts: Vec::new() };
-    let frame =
-        (!bytes.is_empty()).then(|| Frame::pack(&mut Packer::new(1).unwrap(), bytes).unwrap());
-    Message::Packed(Packed {
-        usage: FrameUse::Image,
-        frame,
-        hashes,
-        parts: vec![part],
-        vanished: Vec::new(),
-    })
+fn packed(file: u64, part: u32, bytes: &[u8], whole: bool) -> [Message; 2] {
+    let hashes: Vec<u8> =
+        bytes.chunks(PAGE as usize).flat_map(|page| page_hash(&[7; 32], page)).collect();
+    let frame = Frame::pack(&mut Packer::new(1).unwrap(), bytes).unwrap();
+    let first_page = part * super::super::part_pages(PAGE);
+    let holds = vec![Held { file, first_page, pages: (hashes.len() / 8) as u32, at: 0 }];
+    let (usage, state) = (FrameUse::Image, if whole { PartState::Whole } else { PartState::Short });
+    let (size, doubts) = (bytes.len() as u32, Vec::new());
+    let part = Part { file, part, bytes: size, state, hashes: hashes.clone(), chunk: 0, doubts };
+    [Message::Packed(Packed { usage, frame, hashes, holds }), Message::Read(vec![part])]
 }
 
 fn begun(path: &str, parts: u32) -> Message {
-    Message::Begun(Begun { path: path.into(), mode: 0o600, is_folder: false, parts })
+    let (path, mode, is_folder) = (path.into(), 0o600, false);
+    Message::Begun(Begun { path, mode, is_folder, parts, known: None, stat: None })
 }
 
 #[test]
@@ -178,27 +185,19 @@ fn a_file_that_shrank_ends_there_and_one_that_vanished_is_not_listed() {
         let dir = tempfile::tempdir().unwrap();
         let store = Store::new(dir.path(), &["here"]);
         store.init(0).await;
-        let mut assembler = assembler(&store).await;
+        let mut assembler = assembler(dir.path(), &store).await;
         let (whole, rest, ghost) = (content(1, 1 << 20), content(3, 5 * 8192), content(5, 8192));
         let (send, messages) = mpsc::channel(16);
-        let gone = Packed {
-            usage: FrameUse::Small,
-            frame: None,
-            hashes: Vec::new(),
-            parts: Vec::new(),
-            vanished: vec![1],
-        };
-        for message in [
-            begun("shrank", 3),
-            begun("vanished", 1),
-            begun("after", 1),
-            // Out of order: what lies behind the end was read before the end was known.
+        let begun = [begun("shrank", 3), begun("vanished", 1), begun("after", 1)];
+        // Out of order: what lies behind the end was read before the end was known.
+        let parts = [
             packed(0, 2, &ghost, false),
             packed(2, 0, &ghost, true),
             packed(0, 1, &rest, false),
             packed(0, 0, &whole, true),
-            Message::Packed(gone),
-        ] {
+        ];
+        let gone = Message::Read(vec![Part::vanished(1)]);
+        for message in begun.into_iter().chain(parts.into_iter().flatten()).chain([gone]) {
             send.send(message).await.unwrap();
         }
         drop(send);
@@ -208,12 +207,12 @@ fn a_file_that_shrank_ends_there_and_one_that_vanished_is_not_listed() {
         settled(&fleet).await;
         let entries = table(&assembled, &store).await;
         let listed: Vec<_> = entries.iter().map(|e| (e.path.as_str(), e.size)).collect();
-        assert_eq!(listed, [("shrank", (1 << 20) + 5 * 8192), ("after", 8192)]);
+        assert_eq!(listed, [("after", 8192), ("shrank", (1 << 20) + 5 * 8192)]);
         let expected = [whole, rest].concat();
-        assert!(ReadBack::new(&store).file(&entries[0]).await == expected);
-        assert_eq!(entries[0].digest, Some(digest_of(&expected)));
+        assert!(ReadBack::new(&store).file(&entries[1]).await == expected);
+        assert_eq!(entries[1].digest, Some(digest_of(&expected)));
         // The frame behind the end is in the pack, but nothing needs it.
-        let pack = &assembled.sealing.packs[0];
+        let pack = &assembled.packs[0];
         assert!(pack.live_bytes + 8192 <= pack.size, "{pack:?}");
         assert!(pack.live_bytes > 1 << 20);
     });
@@ -225,10 +224,12 @@ fn a_reader_that_ends_too_early_is_noticed() {
         let dir = tempfile::tempdir().unwrap();
         let store = Store::new(dir.path(), &["here"]);
         store.init(0).await;
-        let mut assembler = assembler(&store).await;
-        let (send, messages) = mpsc::channel(4);
+        let mut assembler = assembler(dir.path(), &store).await;
+        let (send, messages) = mpsc::channel(8);
         send.send(begun("a", 2)).await.unwrap();
-        send.send(packed(0, 0, &content(1, 8192), true)).await.unwrap();
+        for message in packed(0, 0, &content(1, 8192), true) {
+            send.send(message).await.unwrap();
+        }
         drop(send);
         assert_eq!(assembler.take_all(messages).await.unwrap_err().kind(), Kind::Bug);
     });

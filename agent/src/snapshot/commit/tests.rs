@@ -63,7 +63,9 @@ async fn commit(
     let epoch = store.epochs.current().await.unwrap();
     let manifest = Parcel::new(name, epoch.id(), bytes::Bytes::from_static(b"manifest"), None);
     let wal = watch::Sender::new(WalStatus::default());
-    Commit { fleet, wal: &wal.subscribe(), plain, manifest: &manifest }.everywhere().await
+    Commit { fleet, wal: &wal.subscribe(), plain, parent: None, manifest: &manifest }
+        .everywhere()
+        .await
 }
 
 fn has_manifest(dir: &Path, location: &str) -> bool {
