@@ -232,7 +232,8 @@ impl<'s> Session<'s> {
         Ok(match (row.text("standby")?, row.text("full_pages")?) {
             ("t", "t") => Some(Finding::good("standby", "WAL and snapshots are taken from it")),
             ("t", _) => {
-                let reason = "the primary runs with full_page_writes = off: a standby can't be backed up";
+                let reason =
+                    "the primary runs with full_page_writes = off: a standby can't be backed up";
                 let error = Error::new(Kind::Postgres, reason)
                     .remedy("on the primary: alter system set full_page_writes = on; select pg_reload_conf()");
                 Some(Finding::of("standby", Err(error)))

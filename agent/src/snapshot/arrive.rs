@@ -22,7 +22,7 @@ const KEPT_BYTES_MAX: u64 = 64 << 10;
 const LABEL_PATH: &str = "backup_label";
 
 /// Where sorted files go, in order. Folders come before what is in them.
-pub trait Sink {
+pub trait Sink: Sized {
     fn folder(&mut self, path: &str, mode: u32) -> Result<()>;
     /// A file of `size` bytes begins; `segment` is which segment of its fork it is, for a relation.
     fn file(&mut self, path: &str, mode: u32, size: u64, segment: Option<u32>) -> Result<()>;
@@ -30,6 +30,8 @@ pub trait Sink {
     fn bytes(&mut self, bytes: &Bytes) -> Result<()>;
     /// All of its bytes were given.
     fn file_end(&mut self) -> Result<()>;
+    /// There are no more files.
+    fn finish(self) -> Result<()>;
 }
 
 /// What is known of the server beforehand.
@@ -88,7 +90,7 @@ impl Arrivals {
     }
 
     /// The archive of this number begins.
-    pub fn archive(&mut self, number: usize, sink: &mut dyn Sink) -> Result<()> {
+    pub fn archive(&mut self, number: usize, sink: &mut impl Sink) -> Result<()> {
         self.end_archive()?;
         self.tar = Tar::new();
         let archive = self.origin.archives.get(number);
@@ -109,7 +111,7 @@ impl Arrivals {
     }
 
     /// More bytes of the archive.
-    pub fn data(&mut self, mut bytes: Bytes, sink: &mut dyn Sink) -> Result<()> {
+    pub fn data(&mut self, mut bytes: Bytes, sink: &mut impl Sink) -> Result<()> {
         while let Some(event) = self.tar.next(&mut bytes).map_err(|bad| self.bad(bad))? {
             match event {
                 TarEvent::Entry(entry) => self.entry(entry, sink)?,
@@ -145,7 +147,7 @@ impl Arrivals {
         Error::new(Kind::Corrupt, format!("the server's archive of {archive}: {reason}"))
     }
 
-    fn entry(&mut self, entry: Entry, sink: &mut dyn Sink) -> Result<()> {
+    fn entry(&mut self, entry: Entry, sink: &mut impl Sink) -> Result<()> {
         // Some names are as the server walked to them.
         let name = entry.name.strip_prefix("./").unwrap_or(&entry.name);
         let path = format!("{}{name}", self.prefix);
@@ -170,7 +172,7 @@ impl Arrivals {
         }
     }
 
-    fn folder(&mut self, path: &str, mode: u32, sink: &mut dyn Sink) -> Result<()> {
+    fn folder(&mut self, path: &str, mode: u32, sink: &mut impl Sink) -> Result<()> {
         // It came before the tablespaces in it; those of `pg_wal` are made below.
         let is_known = path == "pg_tblspc" && self.origin.archives.len() > 1;
         if is_known || self.is_left_out(path) {
@@ -209,7 +211,7 @@ impl Arrivals {
             || self.origin.foreign.iter().any(is_in)
     }
 
-    fn part(&mut self, part: &Bytes, sink: &mut dyn Sink) -> Result<()> {
+    fn part(&mut self, part: &Bytes, sink: &mut impl Sink) -> Result<()> {
         let Some(open) = &mut self.open else { return Err(no_file()) };
         open.crc = crc32c::crc32c_append(open.crc, part);
         match open.fate {
@@ -221,7 +223,7 @@ impl Arrivals {
         Ok(())
     }
 
-    fn file_end(&mut self, sink: &mut dyn Sink) -> Result<()> {
+    fn file_end(&mut self, sink: &mut impl Sink) -> Result<()> {
         let open = self.open.take().ok_or_else(no_file)?;
         if matches!(open.fate, Fate::Store { .. }) {
             sink.file_end()?;

@@ -33,6 +33,8 @@ const PIECES_MAX: usize = 64;
 pub struct Remote {
     replication: Connection,
     pub shape: Shape,
+    /// That the server is on.
+    pub timeline: TimelineId,
     foreign: Vec<PathBuf>,
     major: u32,
 }
@@ -76,7 +78,8 @@ impl Remote {
             return Err(Error::new(Kind::Postgres, reason)
                 .remedy("let `conninfo` name one host, or set target_session_attrs"));
         }
-        Ok(Remote { replication, shape, foreign, major: context.major() })
+        let timeline = identity.timeline;
+        Ok(Remote { replication, shape, timeline, foreign, major: context.major() })
     }
 
     /// Starts the backup, and waits for the checkpoint that it begins with.
@@ -151,6 +154,21 @@ fn shape(row: &Row) -> Result<Shape> {
         })?,
         data_dir: row.by_name("data_dir").map(PathBuf::from),
     })
+}
+
+impl Shape {
+    /// The copied `pg_control` says the same: pages were cut and judged by it.
+    pub fn check(&self, control: &ControlFile) -> Result<()> {
+        let said = (self.page_bytes, self.segment_pages, self.checksums);
+        let is = (control.block_bytes, control.relation_segment_blocks, control.has_checksums());
+        match said == is {
+            true => Ok(()),
+            false => Err(Error::new(
+                Kind::Postgres,
+                format!("the server says that its pages are {said:?}, and its pg_control {is:?}"),
+            )),
+        }
+    }
 }
 
 /// A base backup that is running.
@@ -231,6 +249,11 @@ impl Backup {
         // An in-place tablespace is a folder of the data directory, under a relative path.
         let spaces = spaces.filter(|(_, location)| location.starts_with('/'));
         let tablespaces = spaces.map(|(oid, location)| Tablespace { oid, location }).collect();
+        if control.system != context.system {
+            let reason =
+                format!("{CONTROL_PATH} of the base backup is of system {}", control.system);
+            return Err(Error::new(Kind::Postgres, reason));
+        }
         let (control_bytes, control_mode) = (kept.control, kept.control_mode);
         Ok(Received { label, control, control_bytes, control_mode, tablespaces })
     }
@@ -285,5 +308,7 @@ fn sort(
             Piece::Data(bytes) => arrivals.data(bytes, &mut sink)?,
         }
     }
-    arrivals.finish()
+    let kept = arrivals.finish()?;
+    sink.finish()?;
+    Ok(kept)
 }

@@ -14,7 +14,12 @@ impl Cluster {
         let data = scene.path(name);
         let mut command = self.command("pg_basebackup");
         command
-            .args(["--checkpoint=fast", "--wal-method=stream", "--no-sync", "--write-recovery-conf"])
+            .args([
+                "--checkpoint=fast",
+                "--wal-method=stream",
+                "--no-sync",
+                "--write-recovery-conf",
+            ])
             .args(["--create-slot", &format!("--slot={name}"), "--username", SUPERUSER])
             .arg("--host")
             .arg(self.socket_dir())

@@ -32,6 +32,10 @@ impl Sink for Told {
         self.lines.last_mut().expect("a file").push_str(&format!(" {text:?}"));
         Ok(())
     }
+
+    fn finish(self) -> Result<()> {
+        Ok(())
+    }
 }
 
 fn origin(tablespaces: &[u32]) -> Origin {
