@@ -49,11 +49,11 @@ async fn without_file_access(scene: &Scene, major: Major) -> Result<()> {
     let session = site.cluster.connect().await?;
     site.ledger.wait_for(100, PATIENCE).await?;
     let moment = site.ledger.moment(&session).await?;
-    session
-        .batch_execute(
-            "CREATE DATABASE later; VACUUM FULL placed; DELETE FROM placed WHERE n > 4000",
-        )
-        .await?;
+    for statement in
+        ["CREATE DATABASE later", "VACUUM FULL placed", "DELETE FROM placed WHERE n > 4000"]
+    {
+        session.batch_execute(statement).await?;
+    }
     let second = site.snapshot().await?;
     site.ledger.wait_for(100, PATIENCE).await?;
     site.ledger.stop().await?;
