@@ -10,11 +10,15 @@
 //! parent's maps ─► assemble (maps, table) ─► pack ─► ship ─► commit at each location
 //! ```
 //!
+//! Without file access, `remote ─► tar ─► arrive ─► cut/arriving` take the place of session, walk and cut, and the rest is the same.
+//!
 //! | file | what it does |
 //! |---|---|
 //! | `session`, `label` | the connection that holds the backup; what PostgreSQL says of it |
 //! | `walk`, `walk/rules` | what is in the data directory, and what of it belongs into a snapshot |
 //! | `config_files` | configuration that lives elsewhere |
+//! | `remote`, `tar`, `arrive` | a base backup over the network: received, taken apart, sorted |
+//! | `server_manifest`, `mend` | whether all of it came whole; which pages with a wrong checksum replay mends |
 //! | `parent`, `cache`, `rebuild` | the snapshot to compare with, and what is known of its files |
 //! | `cut`, `read` | files into jobs, jobs into pages and their hashes |
 //! | `diff` | pages that changed into frames |
@@ -29,7 +33,7 @@
 //! read too much beside them or because their packs are hardly in use.
 //!
 //! What always holds: nothing is committed unless everything succeeded; a location has a manifest only if it has what the
-//! manifest needs. Memory is about 250 MiB whatever the size of the database: four sealed packs, one being sealed, one being
+//! manifest needs. Memory is about 250 MiB (100 MiB more without file access) whatever the size of the database: four sealed packs, one being sealed, one being
 //! filled, and what the readers hold. A crash leaves a `begin` and packs that no manifest names, for prune to find.
 
 mod arrive;

@@ -146,6 +146,9 @@ async fn damage_is_told_from_tears(scene: &Scene, major: Major) -> Result<()> {
     let took = started.elapsed();
     ensure!(took > least, "{} MiB came in {took:?}, faster than 6 MiB/s", bytes >> 20);
     ensure!(took < least * 3 + Duration::from_secs(10), "{} MiB took {took:?}", bytes >> 20);
+    // All of it was sent again, and little of it stored.
+    let stored = outcome["stored_bytes"].as_u64().context("stored_bytes")?;
+    ensure!(outcome["parent"].is_string() && stored < bytes / 12, "{outcome}");
     ensure!(outcome["corrupt_pages"] == 1, "{outcome}");
     let status = site.agent.status().await?;
     let alarms = status["alarms"].as_array().context("alarms")?;

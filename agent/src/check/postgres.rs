@@ -114,6 +114,11 @@ impl<'s> Session<'s> {
             )
             .remedy("let `conninfo` name one host, or set target_session_attrs"));
         }
+        if self.settings.postgres.data_dir.is_none() {
+            // The WAL goes on beside a base backup.
+            let second = Connection::connect(&conninfo, Mode::Replication).await;
+            second.context("open a second one, for snapshots")?.close().await;
+        }
         Ok(format!("timeline {}, WAL end {}", identity.timeline, identity.flush))
     }
 

@@ -23,6 +23,7 @@ use backstay_common::snapshot::Tablespace;
 use backstay_common::{Context, Error, Kind, Result};
 use bytes::Bytes;
 use std::path::{Path, PathBuf};
+use std::sync::Once;
 use tokio::sync::mpsc;
 
 /// Messages of the server that wait to be sorted, of 32 KiB each.
@@ -117,9 +118,11 @@ async fn examine(sql: &mut Connection, context: &AgentContext) -> Result<Shape> 
              (select setting from pg_settings where name = 'segment_size') as segment_size, \
              current_setting('data_checksums') as checksums, \
              current_setting('data_directory_mode') as mode, \
-             (select setting from pg_settings where name = 'data_directory') as data_dir",
+             (select setting from pg_settings where name = 'data_directory') as data_dir, \
+             (select setting from pg_settings where name = 'config_file') as config_file",
         )
         .await?;
+    tell_of_config(&row);
     if row.parse::<i64>("system")? as u64 != context.system.get() {
         let reason = format!(
             "the server is of system {}, and the agent was started for {}",
@@ -134,6 +137,23 @@ async fn examine(sql: &mut Connection, context: &AgentContext) -> Result<Shape> 
             .remedy("alter system set wal_level = replica; then restart the server"));
     }
     shape(&row)
+}
+
+/// Says once what cannot be had without file access.
+fn tell_of_config(row: &Row) {
+    static TOLD: Once = Once::new();
+    let (Some(config), Some(data_dir)) = (row.by_name("config_file"), row.by_name("data_dir"))
+    else {
+        return;
+    };
+    if !Path::new(config).starts_with(data_dir) {
+        TOLD.call_once(|| {
+            tracing::warn!(
+                "the server's configuration at {config} lies outside its data directory: it cannot be read \
+                 without file access, and is in no snapshot"
+            );
+        });
+    }
 }
 
 fn shape(row: &Row) -> Result<Shape> {

@@ -171,3 +171,6 @@ impl Sink for ArrivingCutter {
         self.flush()
     }
 }
+
+#[cfg(test)]
+mod tests;

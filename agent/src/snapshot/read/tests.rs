@@ -86,3 +86,14 @@ fn files_that_are_no_relations_are_not_judged() {
     let pages = Pages { file: Some(&file), offset: 0, segment: None };
     assert!(reading().judge(&mut [9; PAGE], &pages, &|_| false).unwrap().doubts.is_empty());
 }
+
+#[test]
+fn a_page_that_cannot_be_read_again_is_a_doubt_at_once() {
+    let first = 2 * reading().segment_pages;
+    let mut plain = [page(first, 5), page(first + 1, 5)].concat();
+    plain[PAGE + 100] ^= 1;
+    let pages = Pages { file: None, offset: 0, segment: Some(2) };
+    let judged = reading().judge(&mut plain, &pages, &|_| false).unwrap();
+    let doubts: Vec<_> = judged.doubts.iter().map(|d| (d.page, d.block, d.newer)).collect();
+    assert_eq!(doubts, [(1, first + 1, None)]);
+}
