@@ -45,6 +45,8 @@ mod cut;
 mod diff;
 #[cfg(test)]
 mod fixture;
+#[cfg(test)]
+mod generations;
 mod hash_key;
 mod label;
 mod local_disk;

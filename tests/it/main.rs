@@ -9,6 +9,7 @@
 //! | `restore` | every kind of target, on every major, under constant load |
 //! | `options` | page checksums, segment sizes, tablespaces, generations, and what `restore` offers |
 //! | `kill` | agent and server killed at any moment, state lost |
+//! | `snapshots` | snapshots that refer to each other: right, and at the cost of what changed |
 //! | `s3` | the same over S3, with faults and refusing locations |
 //! | `integrity` | damaged, missing and swapped objects, wrong keys and clusters |
 //! | `refusals` | bad input: the thing, the reason, the remedy, the exit code |
@@ -26,6 +27,7 @@ mod refusals;
 mod restore;
 mod s3;
 mod site;
+mod snapshots;
 mod status;
 mod tidy;
 mod tls;

@@ -147,16 +147,19 @@ impl Cutter {
     fn skip(&mut self, found: &Found, known: Arc<Known>) -> Result<()> {
         let size = known.record.size;
         let number = self.begin(found, known.parts(), Some(known.clone()))?;
-        let parts = (0..known.parts()).map(|part| {
+        let skipped = |part| {
             let hashes = known.hashes(part)?;
-            let bytes = (size - u64::from(part) * self.part_bytes).min(self.part_bytes);
+            let bytes = (size - u64::from(part) * self.part_bytes).min(self.part_bytes) as u32;
             let (state, chunk) = (PartState::Skipped, self.links.cache.chunk(&hashes));
-            let bytes = bytes as u32;
             Ok(Part { file: number, part, bytes, state, hashes, chunk, doubts: Vec::new() })
-        });
-        let parts = parts.collect::<Result<Vec<Part>>>()?;
+        };
+        for first in (0..known.parts()).step_by(STRETCH_PARTS as usize) {
+            let parts = first..known.parts().min(first + STRETCH_PARTS);
+            let parts = parts.map(skipped).collect::<Result<Vec<Part>>>()?;
+            self.links.messages.blocking_send(Message::Read(parts)).map_err(|_| given_up())?;
+        }
         self.links.meter.read(size);
-        self.links.messages.blocking_send(Message::Read(parts)).map_err(|_| given_up())
+        Ok(())
     }
 
     fn begin(&mut self, found: &Found, parts: u32, known: Option<Arc<Known>>) -> Result<u64> {

@@ -6,6 +6,8 @@
 //!
 //! What arrived over the network can't be read again: a page that is wrong is a doubt at once.
 //!
+//! The page cache stays the database's: what a read brings into it is dropped again.
+//!
 //! A page that equals the parent's is not held to its checksum again, unless the parent's was wrong.
 
 use super::assemble::{Doubt, Message, Part, PartState};
@@ -19,6 +21,7 @@ use backstay_common::page::{self, PageState};
 use backstay_common::seal::{FRAME_BYTES_MAX, Frame, Packer};
 use backstay_common::snapshot::page_hash;
 use backstay_common::{Context, Error, Result};
+use rustix::io::{Errno, ReadWriteFlags};
 use std::fs::File;
 use std::io::{self, ErrorKind};
 use std::os::unix::fs::FileExt;
@@ -309,7 +312,7 @@ fn reread(file: &File, page: &mut [u8], offset: u64) -> io::Result<bool> {
 fn read_full(file: &File, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
     let mut done = 0;
     while done < buffer.len() {
-        match file.read_at(&mut buffer[done..], offset + done as u64) {
+        match read_aside(file, &mut buffer[done..], offset + done as u64) {
             Ok(0) => break,
             Ok(read) => done += read,
             Err(e) if e.kind() == ErrorKind::Interrupted => {}
@@ -317,6 +320,21 @@ fn read_full(file: &File, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
         }
     }
     Ok(done)
+}
+
+/// `RWF_DONTCACHE` of Linux 6.14 ("include/uapi/linux/fs.h"): what the read brings into the page cache leaves it again, and
+/// what was there before stays.
+const DONT_CACHE: ReadWriteFlags = ReadWriteFlags::from_bits_retain(0x80);
+
+/// Reads without evicting what the database had cached, where kernel and file system can do that; else plainly.
+fn read_aside(file: &File, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
+    let mut buffers = [io::IoSliceMut::new(buffer)];
+    match rustix::io::preadv2(file, &mut buffers, offset, DONT_CACHE) {
+        Err(Errno::OPNOTSUPP | Errno::INVAL | Errno::NOSYS | Errno::PERM) => {
+            file.read_at(buffer, offset)
+        }
+        read => Ok(read?),
+    }
 }
 
 /// Reads `global/pg_control` whole; its own checksum says that it is.

@@ -34,7 +34,7 @@ impl Entries {
         std::iter::from_fn(move || {
             rest.peek()?;
             let (mut entries, mut bytes) = (Vec::new(), 0);
-            while let Some((path, entry)) = rest.next() {
+            for (path, entry) in rest.by_ref() {
                 bytes += entry.len();
                 entries.push(entry);
                 if bytes >= PART_BYTES_MAX || ends_part(&path) {
