@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!                 PostgreSQL
-//!       walsender │        │ data directory
+//!       walsender │        │ data directory, or BASE_BACKUP
 //!                 ▼        ▼
 //!               wal      snapshot ◄── keeper ◄── schedule, control ("snapshot"), first start
 //!                 │        │
@@ -18,7 +18,7 @@
 //! | [`connect`] | who the server is, and whether it can be backed up |
 //! | [`init`], [`check`] | the verbs that come before `run` |
 //! | [`wal`] | receive, decode, spool, ship, acknowledge |
-//! | [`snapshot`] | read the data directory, pack it, commit the manifest |
+//! | [`snapshot`] | read the data directory or receive it, pack it, commit the manifest |
 //! | [`schedule`], [`keeper`] | when a snapshot is taken, and the one task that takes it |
 //! | [`epochs`], [`writer`] | data keys; writing to a location in the order of the format |
 //! | [`sync`] | copies to a location what it lacks |

@@ -10,11 +10,15 @@
 //! parent's maps ─► assemble (maps, table) ─► pack ─► ship ─► commit at each location
 //! ```
 //!
+//! Without file access, `remote ─► tar ─► arrive ─► cut/arriving` take the place of session, walk and cut, and the rest is the same.
+//!
 //! | file | what it does |
 //! |---|---|
 //! | `session`, `label` | the connection that holds the backup; what PostgreSQL says of it |
 //! | `walk`, `walk/rules` | what is in the data directory, and what of it belongs into a snapshot |
 //! | `config_files` | configuration that lives elsewhere |
+//! | `remote`, `tar`, `arrive` | a base backup over the network: received, taken apart, sorted |
+//! | `server_manifest`, `mend` | whether all of it came whole; which pages with a wrong checksum replay mends |
 //! | `parent`, `cache`, `rebuild` | the snapshot to compare with, and what is known of its files |
 //! | `cut`, `read` | files into jobs, jobs into pages and their hashes |
 //! | `diff` | pages that changed into frames |
@@ -29,9 +33,10 @@
 //! read too much beside them or because their packs are hardly in use.
 //!
 //! What always holds: nothing is committed unless everything succeeded; a location has a manifest only if it has what the
-//! manifest needs. Memory is about 250 MiB whatever the size of the database: four sealed packs, one being sealed, one being
+//! manifest needs. Memory is about 250 MiB (100 MiB more without file access) whatever the size of the database: four sealed packs, one being sealed, one being
 //! filled, and what the readers hold. A crash leaves a `begin` and packs that no manifest names, for prune to find.
 
+mod arrive;
 mod assemble;
 mod cache;
 mod commit;
@@ -46,14 +51,18 @@ mod hash_key;
 mod label;
 mod local_disk;
 mod loose;
+mod mend;
 mod overlay;
 mod pack;
 mod parent;
 mod progress;
 mod read;
 mod rebuild;
+mod remote;
+mod server_manifest;
 mod session;
 mod ship;
+mod tar;
 mod usage;
 mod walk;
 
@@ -62,18 +71,20 @@ use crate::wal::WalStatus;
 use assemble::{Assembled, Assembler};
 use backstay_common::control::ControlFile;
 use backstay_common::id::{LocationName, SnapshotId, random_bytes};
-use backstay_common::lsn::Lsn;
+use backstay_common::lsn::{Lsn, LsnRange};
 use backstay_common::seal::FRAME_BYTES_MAX;
 use backstay_common::snapshot::{Begin, Manifest, ManifestPlain, Root, Tablespace};
 use backstay_common::{Error, Kind, Result};
 use cache::{CacheWriter, Summary};
 use commit::Commit;
+use cut::arriving::{self, ArrivingCutter};
 use cut::{Cutter, Links};
 use label::BackupLabel;
 use pack::Packs;
 use parent::{Parent, Server};
 use progress::Meter;
 use read::{Reader, Reading};
+use remote::{Received, Remote};
 use serde::{Deserialize, Serialize};
 use session::{Session, Source};
 use ship::{Fleet, Parcel};
@@ -245,9 +256,30 @@ struct Taking<'a> {
     started: Instant,
 }
 
+/// What the snapshot is taken of.
+enum Origin {
+    Files(Session, Source),
+    Network(Remote),
+}
+
+/// What it is put onto.
+struct Onto<'a> {
+    fleet: &'a Arc<Fleet>,
+    parent: &'a Option<Arc<Parent>>,
+    cache: &'a Arc<CacheWriter>,
+}
+
+impl Onto<'_> {
+    fn parent_id(&self) -> Option<SnapshotId> {
+        self.parent.as_ref().map(|parent| parent.id())
+    }
+}
+
 /// What there is when the backup has ended and every pack is sealed.
 struct Finished {
-    source: Source,
+    superuser: String,
+    /// None if its files cannot be reached.
+    files: Option<Source>,
     reading: Arc<Reading>,
     label: BackupLabel,
     /// As it was copied.
@@ -259,14 +291,22 @@ struct Finished {
 
 impl Taking<'_> {
     async fn run(&self) -> Result<SnapshotOutcome> {
-        let (session, source) = Session::open(self.context).await?;
-        let server = Server::of(&source, self.wal.borrow().timeline);
+        let origin = self.open().await?;
+        let timeline = self.wal.borrow().timeline;
+        let server = match &origin {
+            Origin::Files(_, source) => Server::of(source, timeline),
+            Origin::Network(remote) => Server::of_remote(remote, timeline),
+        };
         let parent = parent::find(self.context, &server).await;
         let begin = self.begin(parent.as_ref().map(|parent| parent.id())).await?;
         let fleet = Arc::new(Fleet::new(&self.context.writers, begin));
         let path = cache::path_of(&self.context.settings.state_dir, self.context.system);
         let cache = Arc::new(CacheWriter::create(parent::new_path(&path)));
-        let finished = self.read(session, source, &fleet, &parent, &cache).await?;
+        let onto = Onto { fleet: &fleet, parent: &parent, cache: &cache };
+        let finished = match origin {
+            Origin::Files(session, source) => self.read(session, source, onto).await?,
+            Origin::Network(remote) => self.receive(remote, onto).await?,
+        };
         self.meter.enter(Phase::Committing);
         let has_cache = self.finish_cache(&cache, &parent, &finished).await?;
         let manifest = self.manifest(finished).await?;
@@ -290,45 +330,29 @@ impl Taking<'_> {
         Ok(Parcel::new(sealed.name, epoch.id(), sealed.bytes, None))
     }
 
+    async fn open(&self) -> Result<Origin> {
+        match self.context.settings.postgres.data_dir {
+            Some(_) => {
+                let (session, source) = Session::open(self.context).await?;
+                Ok(Origin::Files(session, source))
+            }
+            None => Ok(Origin::Network(Remote::open(self.context, self.foreign()).await?)),
+        }
+    }
+
     /// From backup start to backup stop, and until every pack is sealed.
-    async fn read(
-        &self,
-        mut session: Session,
-        source: Source,
-        fleet: &Arc<Fleet>,
-        parent: &Option<Arc<Parent>>,
-        cache: &Arc<CacheWriter>,
-    ) -> Result<Finished> {
+    async fn read(&self, mut session: Session, source: Source, onto: Onto<'_>) -> Result<Finished> {
         let tree = self.tree(&source);
         let (start, ()) = tokio::try_join!(
             session.start(self.id, self.request.fast_checkpoint),
             self.count(tree.clone()),
         )?;
         self.meter.enter(Phase::Reading);
-        let settings = &self.context.settings;
-        let reading = Arc::new(Reading {
-            page_bytes: source.control.block_bytes,
-            segment_pages: source.control.relation_segment_blocks,
-            checksums: source.control.has_checksums(),
-            start,
-            hash_key: hash_key::read_or_make(&settings.state_dir, self.context.system)?,
-            level: settings.snapshot.compression_level,
-        });
-        let packs = Packs::new(
-            self.context.system,
-            self.context.epochs.clone(),
-            fleet.clone(),
-            self.meter.clone(),
-        );
-        let (parent, cache, meter) = (parent.clone(), cache.clone(), self.meter.clone());
-        let mut assembler = Assembler::new(
-            packs,
-            parent.clone(),
-            cache.clone(),
-            reading.clone(),
-            self.meter.clone(),
-        );
-        let parent_id = parent.as_ref().map(|parent| parent.id());
+        let control = &source.control;
+        let (page_bytes, segment_pages) = (control.block_bytes, control.relation_segment_blocks);
+        let reading = self.reading(page_bytes, segment_pages, control.has_checksums(), start)?;
+        let mut assembler = self.assembler(&onto, &reading);
+        let (parent, cache, meter) = (onto.parent.clone(), onto.cache.clone(), self.meter.clone());
         let messages = start_threads(&tree, &reading, parent, cache, meter)?;
         watched(&mut session, assembler.take_all(messages)).await?;
         let (control, mode, bytes) = blocking(move || read_control(&tree.data_dir)).await?;
@@ -337,18 +361,72 @@ impl Taking<'_> {
         let tablespaces = blocking(move || walk::tablespaces(&data_dir)).await?;
         let label = session.stop().await?;
         let assembled = assembler.finish().await?;
-        Ok(Finished { source, reading, label, control, tablespaces, parent: parent_id, assembled })
+        let (superuser, parent) = (source.superuser.clone(), onto.parent_id());
+        let files = Some(source);
+        Ok(Finished { superuser, files, reading, label, control, tablespaces, parent, assembled })
+    }
+
+    /// The same over the network.
+    async fn receive(&self, remote: Remote, onto: Onto<'_>) -> Result<Finished> {
+        let shape = remote.shape.clone();
+        let max_rate = self.context.settings.snapshot.max_rate;
+        let backup = remote.start(self.id, self.request.fast_checkpoint, max_rate).await?;
+        self.meter.enter(Phase::Reading);
+        self.meter.expect(0, backup.bytes());
+        let (page_bytes, segment_pages) = (shape.page_bytes, shape.segment_pages);
+        let reading =
+            self.reading(page_bytes, segment_pages, shape.checksums, backup.start_lsn())?;
+        let mut assembler = self.assembler(&onto, &reading);
+        let (parent, cache, meter) = (onto.parent.clone(), onto.cache.clone(), self.meter.clone());
+        let (readers, jobs) = (cores().min(arriving::READERS_MAX), arriving::JOBS_MAX);
+        let (links, messages) = start_readers(&reading, parent, cache, meter, readers, jobs)?;
+        let receiving = backup.receive(self.context, ArrivingCutter::new(links));
+        let (received, ()) = tokio::try_join!(receiving, assembler.take_all(messages))?;
+        let Received { label, control, control_bytes, control_mode, tablespaces } = received;
+        shape.check(&control)?;
+        assembler.add_control(walk::CONTROL_PATH, control_mode, control_bytes).await?;
+        let assembled = assembler.finish().await?;
+        let (superuser, parent, files) = (shape.superuser, onto.parent_id(), None);
+        Ok(Finished { superuser, files, reading, label, control, tablespaces, parent, assembled })
+    }
+
+    fn reading(
+        &self,
+        page_bytes: u32,
+        segment_pages: u32,
+        checksums: bool,
+        start: Lsn,
+    ) -> Result<Arc<Reading>> {
+        let settings = &self.context.settings;
+        let hash_key = hash_key::read_or_make(&settings.state_dir, self.context.system)?;
+        let level = settings.snapshot.compression_level;
+        Ok(Arc::new(Reading { page_bytes, segment_pages, checksums, start, hash_key, level }))
+    }
+
+    fn assembler(&self, onto: &Onto<'_>, reading: &Arc<Reading>) -> Assembler {
+        let packs = Packs::new(
+            self.context.system,
+            self.context.epochs.clone(),
+            onto.fleet.clone(),
+            self.meter.clone(),
+        );
+        let (parent, cache) = (onto.parent.clone(), onto.cache.clone());
+        Assembler::new(packs, parent, cache, reading.clone(), self.meter.clone())
+    }
+
+    /// Folders that are not the database's, wherever they lie.
+    fn foreign(&self) -> Vec<PathBuf> {
+        let settings = &self.context.settings;
+        let folders = settings.locations.iter().filter_map(|l| l.url.strip_prefix("file://"));
+        folders.map(PathBuf::from).chain([settings.state_dir.clone()]).collect()
     }
 
     fn tree(&self, source: &Source) -> Tree {
-        let settings = &self.context.settings;
-        let folders = settings.locations.iter().filter_map(|l| l.url.strip_prefix("file://"));
-        let foreign = folders.map(PathBuf::from).chain([settings.state_dir.clone()]).collect();
         Tree {
             data_dir: source.data_dir.clone(),
             major: self.context.major(),
             catalog_version: source.control.catalog_version,
-            foreign,
+            foreign: self.foreign(),
         }
     }
 
@@ -395,14 +473,25 @@ impl Taking<'_> {
     }
 
     async fn manifest(&self, finished: Finished) -> Result<Manifest> {
-        let Finished { source, reading, label, control, tablespaces, parent, mut assembled } =
+        let Finished { superuser, files, reading, label, control, tablespaces, parent, assembled } =
             finished;
+        let Assembled { mut doubts, .. } = assembled;
         let stop = label.stop.max(control.min_recovery_point);
-        assembled.doubts.judge(stop);
         let settings = &self.context.settings;
-        let files = source.clone();
-        let config_files = blocking(move || config_files::read(&files)).await?;
         let branch = commit::branch_of(&self.wal, label.timeline).await?;
+        let config_files = match files {
+            Some(source) => {
+                doubts.judge(stop);
+                blocking(move || config_files::read(&source)).await?
+            }
+            None => {
+                let (backup, named) = (LsnRange::new(label.start, stop), doubts.take_named());
+                let (context, page_bytes) = (self.context, reading.page_bytes);
+                let left = mend::untouched(context, branch, backup, named, page_bytes).await?;
+                doubts.add_damaged(left);
+                Vec::new()
+            }
+        };
         let plain = ManifestPlain {
             snapshot: self.id,
             system: self.context.system,
@@ -420,7 +509,7 @@ impl Taking<'_> {
             database_bytes: assembled.bytes,
             files: assembled.files,
             parent,
-            corrupt_pages: assembled.doubts.corrupt_count,
+            corrupt_pages: doubts.corrupt_count,
         };
         let root = Root {
             cluster: settings.cluster.clone(),
@@ -431,9 +520,9 @@ impl Taking<'_> {
             backup_label: label.text,
             tablespaces,
             config_files,
-            superuser: source.superuser,
+            superuser,
             checksums: reading.checksums,
-            corrupt_pages: assembled.doubts.corrupt,
+            corrupt_pages: doubts.corrupt,
             written_by: concat!("backstay-agent ", env!("CARGO_PKG_VERSION")).to_string(),
         };
         Ok(Manifest { plain, root })
@@ -522,21 +611,36 @@ fn start_threads(
     cache: Arc<CacheWriter>,
     meter: Arc<Meter>,
 ) -> Result<mpsc::Receiver<assemble::Message>> {
+    let (links, messages) = start_readers(reading, parent, cache, meter, cores(), JOBS_MAX)?;
+    let (cutter, tree) = (Cutter::new(links), tree.clone());
+    tokio::task::spawn_blocking(move || cutter.cut(&tree));
+    Ok(messages)
+}
+
+/// Starts `readers` threads; up to `jobs_max` jobs wait for them. They end by themselves when the links or the receiver
+/// are dropped.
+fn start_readers(
+    reading: &Arc<Reading>,
+    parent: Option<Arc<Parent>>,
+    cache: Arc<CacheWriter>,
+    meter: Arc<Meter>,
+    readers: usize,
+    jobs_max: usize,
+) -> Result<(Links, mpsc::Receiver<assemble::Message>)> {
     let (send, messages) = mpsc::channel(MESSAGES_MAX);
-    let (give, jobs) = std::sync::mpsc::sync_channel(JOBS_MAX);
-    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let (give, jobs) = std::sync::mpsc::sync_channel(jobs_max);
     let jobs = Arc::new(Mutex::new(jobs));
-    for _ in 0..cores {
+    for _ in 0..readers {
         let reader = Reader::new(reading.clone(), meter.clone(), cache.clone(), send.clone())?;
         let jobs = jobs.clone();
         tokio::task::spawn_blocking(move || reader.work(&jobs));
     }
     let page_bytes = reading.page_bytes;
-    let cutter =
-        Cutter::new(Links { jobs: give, messages: send, parent, cache, meter, page_bytes });
-    let tree = tree.clone();
-    tokio::task::spawn_blocking(move || cutter.cut(&tree));
-    Ok(messages)
+    Ok((Links { jobs: give, messages: send, parent, cache, meter, page_bytes }, messages))
+}
+
+fn cores() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from)
 }
 
 /// Does `work`, and fails as soon as the backup session is lost.

@@ -85,6 +85,8 @@ pub struct SnapshotSettings {
     pub fast_checkpoint: bool,
     /// zstd level, 1 to 19.
     pub compression_level: i32,
+    /// The most that a base backup over the network may take, in bytes a second. None: as fast as it goes.
+    pub max_rate: Option<u64>,
 }
 
 #[derive(Clone, Debug)]
@@ -268,6 +270,8 @@ fn spool(mut t: Reader<'_>) -> SpoolSettings {
 }
 
 fn snapshot(mut t: Reader<'_>) -> SnapshotSettings {
+    /// What PostgreSQL can hold a base backup to.
+    const RATES: std::ops::RangeInclusive<u64> = 32 << 10..=1 << 30;
     let schedule = t.string("schedule").unwrap_or_else(|| "0 2 * * *".into());
     let fields = schedule.split_whitespace().count();
     if fields != 5 {
@@ -284,7 +288,11 @@ fn snapshot(mut t: Reader<'_>) -> SnapshotSettings {
     let words = [("spread", false), ("fast", true)];
     let fast_checkpoint = t.word("checkpoint", &words).unwrap_or(false);
     let compression_level = t.integer("compression-level", 1..=19).unwrap_or(3) as i32;
-    SnapshotSettings { schedule, time_zone, fast_checkpoint, compression_level }
+    let max_rate = t.bytes("max-rate");
+    if max_rate.is_some_and(|rate| !RATES.contains(&rate)) {
+        t.fault("max-rate", "out of range", "choose from \"32KiB\" to \"1GiB\", for each second");
+    }
+    SnapshotSettings { schedule, time_zone, fast_checkpoint, compression_level, max_rate }
 }
 
 fn retention(mut t: Reader<'_>) -> RetentionSettings {

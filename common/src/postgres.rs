@@ -4,7 +4,8 @@
 //! conninfo  where, who, how safe ─► connect (tls, certificate, auth) ─► Connection
 //!                                                                        │ query        SQL, rows of text
 //!                                                                        │ replication  IDENTIFY_SYSTEM, slots, ..
-//!                                                                        └ stream       WAL and reports
+//!                                                                        ├ stream       WAL and reports
+//!                                                                        └ base_backup  the data directory as tar
 //! ```
 //!
 //! [`conninfo`](Conninfo) reads libpq's connection strings; `connect` finds a host that suits; `wire` frames and bounds
@@ -13,6 +14,7 @@
 //! server's SQLSTATE, if it spoke), or of `Kind::Config` where the connection string or a file that it names is off.
 
 mod auth;
+mod base_backup;
 mod certificate;
 mod connect;
 mod conninfo;
@@ -26,6 +28,7 @@ mod tests;
 mod tls;
 mod wire;
 
+pub use base_backup::{BackupArchive, BackupMessage, BackupOptions, BaseBackup};
 pub use conninfo::{Conninfo, Environment, SslMode, TargetSession};
 pub use query::{RESULT_BYTES_MAX, ResultSet, Row};
 pub use quote::{identifier, literal};

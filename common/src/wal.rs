@@ -13,6 +13,7 @@
 //!        │ Event: only what matters to a backup
 //!        ▼
 //!   event.rs     commits, restore points, checkpoints, parameter changes
+//!   touch.rs     which blocks a record changes, for who asks
 //!   summary.rs   what the footer of a stored object says about its WAL
 //!   testing.rs   makes WAL for tests (feature `testing`)
 //! ```
@@ -40,6 +41,7 @@ mod summary;
 pub mod testing;
 #[cfg(test)]
 mod tests;
+mod touch;
 mod version;
 
 pub use decode::{Decoder, ResumePoint};
@@ -47,6 +49,7 @@ pub use event::{Event, EventKind};
 pub use fault::{DecodeError, PageField};
 pub use page::PAGE_BYTES;
 pub use summary::{Minima, RESTORE_POINTS_MAX, RestorePoint, Summary};
+pub use touch::{RelationFiles, Touch};
 pub use version::{UnknownVersion, WalVersion};
 
 /// Reads a little-endian number of `N` bytes at `offset`, if it is all there.

@@ -2,6 +2,7 @@
 //!
 //! | module | what it shows |
 //! |---|---|
+//! | `base_backup` | snapshots over the network, and of a standby |
 //! | `harness` | that the harness itself passes what is sound, and nothing else |
 //! | `decoder` | the WAL decoder against PostgreSQL's own readers |
 //! | `tidy` | that the tree keeps to its layout |
@@ -17,6 +18,7 @@
 //! | `tls` | logins over TLS |
 //! | `status` | what the running agent tells, and when it takes snapshots |
 
+mod base_backup;
 mod decoder;
 mod delta;
 mod folder;

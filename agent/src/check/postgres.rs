@@ -6,6 +6,7 @@ use backstay_common::config::Settings;
 use backstay_common::id::SystemId;
 use backstay_common::postgres::{Connection, Mode, literal};
 use backstay_common::{Context, Error, Kind, Result, control};
+use std::path::Path;
 
 /// Adds what the server shows; `None` if it cannot even say which system it is.
 pub async fn run(settings: &Settings, findings: &mut Vec<Finding>) -> Option<SystemId> {
@@ -28,6 +29,10 @@ pub async fn run(settings: &Settings, findings: &mut Vec<Finding>) -> Option<Sys
             let keep = session.keep_size().await;
             findings.push(keep.unwrap_or_else(|e| Finding::of("max_slot_wal_keep_size", Err(e))));
             findings.push(Finding::of("data directory", session.data_dir().await));
+            match session.standby().await {
+                Ok(finding) => findings.extend(finding),
+                Err(error) => findings.push(Finding::of("standby", Err(error))),
+            }
         }
     }
     Some(server.system)
@@ -45,8 +50,9 @@ impl<'s> Session<'s> {
         Ok(Session { settings, server, sql })
     }
 
-    /// The role has REPLICATION, may start and stop a backup, and may read all settings.
+    /// The role has REPLICATION, may read all settings, and may start and stop a backup; the last only where it is to.
     async fn role(&mut self) -> Result<String> {
+        let over_network = self.settings.postgres.data_dir.is_none();
         let (start, stop) = match self.server.version / 10_000 {
             14 => ("pg_start_backup(text, boolean, boolean)", "pg_stop_backup(boolean, boolean)"),
             _ => ("pg_backup_start(text, boolean)", "pg_backup_stop(boolean)"),
@@ -82,12 +88,18 @@ impl<'s> Session<'s> {
             ),
         ];
         for (column, right, remedy) in needs {
+            if over_network && column == "backup" {
+                continue;
+            }
             if row.text(column)? != "t" {
                 let reason = format!("role {role:?} lacks {right}");
                 return Err(Error::new(Kind::Postgres, reason).remedy(remedy));
             }
         }
-        Ok(format!("{role:?} may replicate, take backups and read settings"))
+        Ok(match over_network {
+            true => format!("{role:?} may replicate and read settings"),
+            false => format!("{role:?} may replicate, take backups and read settings"),
+        })
     }
 
     /// pg_hba lets us in, and a walsender is free.
@@ -101,6 +113,11 @@ impl<'s> Session<'s> {
                 "SQL and replication reach two different servers",
             )
             .remedy("let `conninfo` name one host, or set target_session_attrs"));
+        }
+        if self.settings.postgres.data_dir.is_none() {
+            // The WAL goes on beside a base backup.
+            let second = Connection::connect(&conninfo, Mode::Replication).await;
+            second.context("open a second one, for snapshots")?.close().await;
         }
         Ok(format!("timeline {}, WAL end {}", identity.timeline, identity.flush))
     }
@@ -172,10 +189,7 @@ impl<'s> Session<'s> {
 
     /// It is this server's, and this operating-system user may read it.
     async fn data_dir(&mut self) -> Result<String> {
-        let Some(path) = &self.settings.postgres.data_dir else {
-            return Err(Error::new(Kind::Config, "no data-dir in the config")
-                .remedy("set [postgres] data-dir to what `show data_directory` says"));
-        };
+        let Some(path) = &self.settings.postgres.data_dir else { return self.no_data_dir().await };
         let control = control::read(&path.join("global/pg_control")).map_err(|error| {
             error.remedy("run the agent as a user that may read the data directory: the one PostgreSQL runs as, or one in its group (initdb --allow-group-access)")
         })?;
@@ -187,5 +201,49 @@ impl<'s> Session<'s> {
         }
         let checksums = if control.has_checksums() { "with" } else { "without" };
         Ok(format!("{} readable, {checksums} page checksums", path.display()))
+    }
+
+    /// Snapshots come over the replication connection.
+    async fn no_data_dir(&mut self) -> Result<String> {
+        let row = self
+            .sql
+            .query_one(
+                "select current_setting('data_checksums') as checksums, \
+                 (select setting from pg_settings where name = 'config_file') as config, \
+                 (select setting from pg_settings where name = 'data_directory') as data_dir",
+            )
+            .await?;
+        let checksums = if row.text("checksums")? == "on" { "with" } else { "without" };
+        let elsewhere = match (row.by_name("config"), row.by_name("data_dir")) {
+            (Some(config), Some(data_dir)) if !Path::new(config).starts_with(data_dir) => {
+                format!("; the configuration at {config} is outside of it, and in no snapshot")
+            }
+            _ => String::new(),
+        };
+        Ok(format!(
+            "not given: snapshots are base backups over the network, {checksums} page checksums{elsewhere}"
+        ))
+    }
+
+    /// What is special about a standby; none for a primary.
+    async fn standby(&mut self) -> Result<Option<Finding>> {
+        let row = self
+            .sql
+            .query_one(
+                "select pg_is_in_recovery() as standby, \
+                 (select full_page_writes from pg_control_checkpoint()) as full_pages",
+            )
+            .await?;
+        Ok(match (row.text("standby")?, row.text("full_pages")?) {
+            ("t", "t") => Some(Finding::good("standby", "WAL and snapshots are taken from it")),
+            ("t", _) => {
+                let reason =
+                    "the primary runs with full_page_writes = off: a standby can't be backed up";
+                let error = Error::new(Kind::Postgres, reason)
+                    .remedy("on the primary: alter system set full_page_writes = on; select pg_reload_conf()");
+                Some(Finding::of("standby", Err(error)))
+            }
+            _ => None,
+        })
     }
 }

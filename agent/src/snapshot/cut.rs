@@ -3,6 +3,8 @@
 //!
 //! The assembler is told of each file before any job of it can be done.
 
+pub mod arriving;
+
 use super::assemble::{Begun, Message, Part, PartState};
 use super::cache::{CacheWriter, Known};
 use super::parent::Parent;
@@ -37,6 +39,15 @@ pub enum Job {
 pub struct Stretch {
     pub file: Arc<OpenFile>,
     pub parts: Range<u32>,
+    pub source: Source,
+}
+
+/// Where a stretch's bytes are.
+#[derive(Debug)]
+pub enum Source {
+    Disk(Arc<File>),
+    /// Here: those of its parts, and nowhere else.
+    Arrived(Vec<u8>),
 }
 
 /// A file that is read by several readers at once.
@@ -44,7 +55,6 @@ pub struct Stretch {
 pub struct OpenFile {
     pub number: u64,
     pub path: String,
-    pub handle: File,
     /// When it was found.
     pub bytes: u64,
     pub segment: Option<u32>,
@@ -55,10 +65,17 @@ pub struct OpenFile {
 #[derive(Debug)]
 pub struct SmallFile {
     pub number: u64,
-    pub source: PathBuf,
+    pub source: SmallSource,
     pub bytes: usize,
     pub segment: Option<u32>,
     pub known: Option<Arc<Known>>,
+}
+
+/// Where a small file's bytes are.
+#[derive(Debug)]
+pub enum SmallSource {
+    Disk(PathBuf),
+    Arrived(Vec<u8>),
 }
 
 /// What the cutter gives to, and takes from.
@@ -84,8 +101,7 @@ pub struct Cutter {
 
 impl Cutter {
     pub fn new(links: Links) -> Cutter {
-        let page_bytes = u64::from(links.page_bytes);
-        let part_bytes = u64::from(super::part_pages(links.page_bytes)) * page_bytes;
+        let part_bytes = part_bytes(links.page_bytes);
         Cutter { links, part_bytes, next_number: 0, bundle: Vec::new(), parts_since: 0 }
     }
 
@@ -171,7 +187,7 @@ impl Cutter {
             self.flush()?;
         }
         let number = self.begin(&found, 1, known.clone())?;
-        let (source, bytes) = (found.source, size as usize);
+        let (source, bytes) = (SmallSource::Disk(found.source), size as usize);
         self.bundle.push(SmallFile { number, source, bytes, segment, known });
         Ok(())
     }
@@ -193,11 +209,13 @@ impl Cutter {
         })?;
         let number = self.begin(&found, parts, known.clone())?;
         let (path, bytes) = (found.path, size);
-        let file = Arc::new(OpenFile { number, path, handle, bytes, segment, known });
+        let file = Arc::new(OpenFile { number, path, bytes, segment, known });
+        let handle = Arc::new(handle);
         for first in (0..parts).step_by(STRETCH_PARTS as usize) {
             let parts = first..parts.min(first + STRETCH_PARTS);
             self.parts_since += parts.len() as u32;
-            self.give(Job::Stretch(Stretch { file: file.clone(), parts }))?;
+            let source = Source::Disk(handle.clone());
+            self.give(Job::Stretch(Stretch { file: file.clone(), parts, source }))?;
             if self.parts_since >= BUNDLE_WAITS_MAX {
                 self.flush()?;
             }
@@ -216,6 +234,10 @@ impl Cutter {
     fn give(&self, job: Job) -> Result<()> {
         self.links.jobs.send(job).map_err(|_| given_up())
     }
+}
+
+fn part_bytes(page_bytes: u32) -> u64 {
+    u64::from(super::part_pages(page_bytes)) * u64::from(page_bytes)
 }
 
 fn given_up() -> Error {

@@ -7,6 +7,7 @@
 use super::cache::{self, Cache, Known};
 use super::hash_key;
 use super::rebuild;
+use super::remote::{Remote, Shape};
 use super::session::Source;
 use super::usage::Usage;
 use super::{blocking, local_disk};
@@ -152,6 +153,11 @@ impl Server {
             timeline: control.timeline,
             wal_timeline,
         }
+    }
+
+    pub fn of_remote(remote: &Remote, wal_timeline: Option<TimelineId>) -> Server {
+        let Shape { page_bytes, checksums, .. } = remote.shape;
+        Server { page_bytes, checksums, timeline: remote.timeline, wal_timeline }
     }
 }
 

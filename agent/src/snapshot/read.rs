@@ -4,13 +4,15 @@
 //! changed while they are read, come right in replay: PostgreSQL logs them whole while the backup runs. A file that
 //! became shorter ends where it ends now, and one that vanished is left out: the log says why.
 //!
+//! What arrived over the network can't be read again: a page that is wrong is a doubt at once.
+//!
 //! The page cache stays the database's: what a read brings into it is dropped again.
 //!
 //! A page that equals the parent's is not held to its checksum again, unless the parent's was wrong.
 
 use super::assemble::{Doubt, Message, Part, PartState};
 use super::cache::{CacheWriter, Known};
-use super::cut::{Job, OpenFile, SMALL_BELOW, SmallFile, Stretch};
+use super::cut::{Job, SMALL_BELOW, SmallFile, SmallSource, Source, Stretch};
 use super::diff::{self, Differ, tight};
 use super::progress::Meter;
 use super::walk::unreadable;
@@ -95,17 +97,28 @@ impl Reader {
     }
 
     fn stretch(&mut self, stretch: &Stretch) -> Result<Vec<Part>> {
-        stretch.parts.clone().map(|part| self.part(&stretch.file, part)).collect()
+        stretch.parts.clone().map(|part| self.part(stretch, part)).collect()
     }
 
-    fn part(&mut self, file: &OpenFile, part: u32) -> Result<Part> {
-        let first = part * super::part_pages(self.reading.page_bytes);
+    fn part(&mut self, stretch: &Stretch, part: u32) -> Result<Part> {
+        let file = &stretch.file;
+        let part_pages = super::part_pages(self.reading.page_bytes);
+        let part_bytes = (part_pages * self.reading.page_bytes) as usize;
+        let first = part * part_pages;
         let offset = u64::from(first) * u64::from(self.reading.page_bytes);
         let whole = (self.buffer.len() as u64).min(file.bytes - offset) as usize;
-        let read =
-            read_full(&file.handle, &mut self.buffer[..whole], offset).context("its pages")?;
-        let (handle, segment) = (&file.handle, file.segment);
-        let pages = Pages { file: handle, offset, segment };
+        let buffer = &mut self.buffer[..whole];
+        let (handle, read) = match &stretch.source {
+            Source::Disk(handle) => {
+                let read = read_full(handle, buffer, offset).context("its pages")?;
+                (Some(&**handle), read)
+            }
+            Source::Arrived(bytes) => {
+                let behind = (part - stretch.parts.start) as usize * part_bytes;
+                (None, arrived(&bytes[behind.min(bytes.len())..], buffer))
+            }
+        };
+        let pages = Pages { file: handle, offset, segment: file.segment };
         let plain = &mut self.buffer[..read];
         let known = file.known.as_deref();
         let compared = compare(&self.reading, plain, &pages, known, part)?;
@@ -125,15 +138,20 @@ impl Reader {
     fn small(&mut self, small: &SmallFile) -> Result<Part> {
         self.meter.read(small.bytes as u64);
         let number = small.number;
-        let file = match File::open(&small.source) {
-            Ok(file) => file,
-            Err(e) if e.kind() == ErrorKind::NotFound => return Ok(Part::vanished(number)),
-            Err(e) => return Err(unreadable(&small.source, e)),
-        };
         debug_assert!((small.bytes as u64) < SMALL_BELOW);
-        let fault = |e: io::Error| unreadable(&small.source, e);
-        let bytes = read_full(&file, &mut self.buffer[..small.bytes], 0).map_err(fault)?;
-        let pages = Pages { file: &file, offset: 0, segment: small.segment };
+        let buffer = &mut self.buffer[..small.bytes];
+        let (file, bytes) = match &small.source {
+            SmallSource::Disk(path) => match File::open(path) {
+                Ok(file) => {
+                    let read = read_full(&file, buffer, 0).map_err(|e| unreadable(path, e))?;
+                    (Some(file), read)
+                }
+                Err(e) if e.kind() == ErrorKind::NotFound => return Ok(Part::vanished(number)),
+                Err(e) => return Err(unreadable(path, e)),
+            },
+            SmallSource::Arrived(bytes) => (None, arrived(bytes, buffer)),
+        };
+        let pages = Pages { file: file.as_ref(), offset: 0, segment: small.segment };
         let plain = &mut self.buffer[..bytes];
         let known = small.known.as_deref();
         let compared = compare(&self.reading, plain, &pages, known, 0)?;
@@ -191,7 +209,8 @@ pub fn pack_whole(reading: &Reading, plain: &[u8]) -> Result<(Frame, Vec<u8>)> {
 
 /// Where the pages in a buffer come from.
 struct Pages<'a> {
-    file: &'a File,
+    /// None if they cannot be read again.
+    file: Option<&'a File>,
     /// Of the first, in the file.
     offset: u64,
     /// For a relation: which segment of the fork the file is.
@@ -239,15 +258,13 @@ impl Reading {
         }
         let read_again = wrong.clone();
         for _ in 0..READS_AGAIN_MAX {
-            if wrong.is_empty() {
-                break;
-            }
+            let Some(file) = pages.file.filter(|_| !wrong.is_empty()) else { break };
             std::thread::sleep(READ_AGAIN_AFTER);
             let mut failed = None;
             wrong.retain(|&n| {
                 let page = &mut plain[n * page_bytes..][..page_bytes];
                 let offset = pages.offset + (n * page_bytes) as u64;
-                match reread(pages.file, page, offset) {
+                match reread(file, page, offset) {
                     Ok(true) => !judge(n, page),
                     // The file is shorter by now: the page is gone, and replay knows.
                     Ok(false) => false,
@@ -272,6 +289,13 @@ struct Judged {
     doubts: Vec<Doubt>,
     /// Pages that may have changed in the buffer.
     read_again: Vec<usize>,
+}
+
+/// Takes what fits from what arrived; how much.
+fn arrived(bytes: &[u8], buffer: &mut [u8]) -> usize {
+    let taken = bytes.len().min(buffer.len());
+    buffer[..taken].copy_from_slice(&bytes[..taken]);
+    taken
 }
 
 /// Reads one page again; false, and the page as it was, if it is not there any more.

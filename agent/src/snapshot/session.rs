@@ -2,6 +2,10 @@
 //!
 //! While it is open PostgreSQL writes full page images, which is what makes pages that were read half-written
 //! whole again in replay. When it closes before [`Session::stop`], the backup is void, and nothing is to be undone.
+//!
+//! A standby cannot make its primary do that. There the backup starts at the last restartpoint, and PostgreSQL refuses it
+//! if WAL without full pages was replayed since; it is consistent from the copied `pg_control`'s minimum recovery point on. It
+//! fails if the standby is promoted meanwhile, or follows its primary to another timeline.
 
 use super::label::BackupLabel;
 use crate::connect;
@@ -10,6 +14,7 @@ use backstay_common::control::{self, ControlFile};
 use backstay_common::id::SnapshotId;
 use backstay_common::lsn::Lsn;
 use backstay_common::postgres::{Connection, Mode, literal};
+use backstay_common::segment::TimelineId;
 use backstay_common::{Context, Error, Kind, Result};
 use std::path::{Path, PathBuf};
 
@@ -21,6 +26,7 @@ const START_TOLERANCE: i64 = 60;
 pub struct Session {
     sql: Connection,
     major: u32,
+    is_standby: bool,
 }
 
 /// What the server says before the backup begins.
@@ -46,7 +52,7 @@ impl Session {
         })?;
         let conninfo = connect::conninfo(&context.settings)?;
         let sql = Connection::connect(&conninfo, Mode::Sql).await?;
-        let mut session = Session { sql, major: context.major() };
+        let mut session = Session { sql, major: context.major(), is_standby: false };
         let source = session.examine(context, data_dir).await.context("prepare the backup")?;
         Ok((session, source))
     }
@@ -66,11 +72,7 @@ impl Session {
                  (select rolname from pg_roles where oid = 10) as superuser",
             )
             .await?;
-        if row.text("standby")? == "true" {
-            return Err(Error::new(Kind::Postgres, "the server is a standby").remedy(
-                "run the agent next to the primary; snapshots of a standby are not taken yet",
-            ));
-        }
+        self.is_standby = row.text("standby")? == "true";
         if row.text("wal_level")? == "minimal" {
             return Err(Error::new(Kind::Postgres, "the server runs with wal_level = minimal")
                 .remedy("alter system set wal_level = replica; then restart the server"));
@@ -146,8 +148,26 @@ impl Session {
         let sql = format!("select lsn, labelfile from {function}");
         let row = self.sql.query_one(&sql).await.map_err(granted).context("stop the backup")?;
         let label = BackupLabel::parse(row.text("labelfile")?, row.parse("lsn")?)?;
+        if self.is_standby {
+            self.stayed_on(label.timeline).await?;
+        }
         self.sql.close().await;
         Ok(label)
+    }
+
+    /// A standby follows its primary to another timeline without a word, and the WAL up to the stop is then of two.
+    async fn stayed_on(&mut self, timeline: TimelineId) -> Result<()> {
+        let sql = "select min_recovery_end_timeline as timeline from pg_control_recovery()";
+        let now: u32 = self.sql.query_one(sql).await?.parse("timeline")?;
+        match now == timeline.get() {
+            true => Ok(()),
+            false => {
+                let from = timeline.get();
+                let reason =
+                    format!("the standby went from timeline {from} to {now} during the backup");
+                Err(Error::new(Kind::Postgres, reason).remedy("take another snapshot"))
+            }
+        }
     }
 }
 

@@ -85,6 +85,7 @@ flush-intervall = "5s"
 [snapshot]
 schedule = "* *"
 compression-level = 40
+max-rate = "1KiB"
 [keys]
 provider = "file"
 "#;
@@ -98,7 +99,8 @@ provider = "file"
         (12, "flush-intervall: unknown key"),
         (14, "2 fields instead of five"),
         (15, "from 1 to 19"),
-        (16, "path: missing"),
+        (16, "max-rate: out of range"),
+        (17, "path: missing"),
     ];
     assert_eq!(faults.len(), expect.len(), "{faults:#?}");
     for (fault, (line, part)) in faults.iter().zip(expect) {

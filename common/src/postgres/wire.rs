@@ -53,6 +53,11 @@ impl Wire {
         self.message_bytes_max = MESSAGE_BYTES_MAX;
     }
 
+    /// From now on no message may be longer.
+    pub fn set_message_max(&mut self, bytes: usize) {
+        self.message_bytes_max = bytes;
+    }
+
     /// Encodes into the buffer of what is to be written; [`Wire::flush`] writes it.
     pub fn put(&mut self, encode: impl FnOnce(&mut BytesMut) -> io::Result<()>) -> Result<()> {
         let before = self.outgoing.len();

@@ -1,4 +1,4 @@
-//! The file table: what is in the data directory, in the order of paths.
+//! The file table: what is in the data directory, in the order in which it was read. A folder comes before what is in it.
 
 use super::filemap::{BytesRef, FrameRef};
 use crate::cbor::Fields;

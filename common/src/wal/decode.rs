@@ -5,6 +5,7 @@ use super::fault::{DecodeError, PageField};
 use super::page::{LONG_HEADER_BYTES, PAGE_BYTES, Place};
 use super::partial::Partial;
 use super::record::{self, HEADER_BYTES, RecordHeader};
+use super::touch;
 use super::version::WalVersion;
 use crate::id::SystemId;
 use crate::lsn::Lsn;
@@ -33,6 +34,7 @@ pub struct Decoder {
     proven: Proven,
     first_record: Option<Lsn>,
     record_count: u64,
+    watches_touches: bool,
 }
 
 /// What the bytes at `position` are.
@@ -102,7 +104,14 @@ impl Decoder {
             proven: Proven { record: None, end: start, timeline: 0 },
             first_record: None,
             record_count: 0,
+            watches_touches: false,
         }
+    }
+
+    /// Also tells of each record that touches relations' files: [`EventKind::Touches`].
+    pub fn watching_touches(mut self) -> Decoder {
+        self.watches_touches = true;
+        self
     }
 
     /// Goes on where a decoder of the same cluster said that it could. The first record's `xl_prev` is checked against
@@ -361,7 +370,8 @@ impl Decoder {
             return Ok(());
         }
         let (before, header) = (self.partial.got, RecordHeader::parse(&self.partial.header));
-        self.partial.take_body(body, &header);
+        let watched = if self.watches_touches { touch::KEPT_BYTES } else { 0 };
+        self.partial.take_body(body, &header, header.kept_bytes().max(watched));
         self.position = self.position.add(u64::from(self.partial.got - before));
         match self.partial.got == record::padded(header.total) {
             true => self.complete_partial(&header, on),
@@ -416,7 +426,29 @@ impl Decoder {
                 self.state = State::Filler { until: end };
             }
         }
+        if self.watches_touches {
+            self.touches(start, end, header, kept, on)?;
+        }
         if let Some(kind) = kind {
+            on(Event { start, end, prev: header.prev, xid: header.xid, kind });
+        }
+        Ok(())
+    }
+
+    #[cold]
+    fn touches(
+        &mut self,
+        start: Lsn,
+        end: Lsn,
+        header: &RecordHeader,
+        kept: &[u8],
+        on: Sink,
+    ) -> Result<(), DecodeError> {
+        let body_bytes = header.total as usize - HEADER_BYTES;
+        let touches = touch::read(self.place.version, header, kept, body_bytes)
+            .map_err(|reason| DecodeError::BadRecord { lsn: start, reason })?;
+        if !touches.is_empty() {
+            let kind = EventKind::Touches(touches);
             on(Event { start, end, prev: header.prev, xid: header.xid, kind });
         }
         Ok(())

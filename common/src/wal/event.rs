@@ -1,6 +1,7 @@
 //! The records that matter to a backup, read.
 
 use super::record::{OPCODE, RM_XACT, RM_XLOG, RecordHeader};
+use super::touch::Touch;
 use super::version::WalVersion;
 use super::{i32_at, i64_at, u32_at, u64_at};
 use crate::lsn::Lsn;
@@ -99,6 +100,8 @@ pub enum EventKind {
     },
     /// `full_page_writes` has been changed to this.
     FullPageWrites(bool),
+    /// What the record does to relations' files; only from a decoder that was asked to watch.
+    Touches(Vec<Touch>),
 }
 
 impl Event {

@@ -42,12 +42,12 @@ impl Partial {
         rest
     }
 
-    /// Hashes what `bytes` has of the body, keeps what will be read, and counts the padding.
-    pub fn take_body(&mut self, bytes: &[u8], header: &RecordHeader) {
+    /// Hashes what `bytes` has of the body, keeps its first `kept_max` bytes, and counts the padding.
+    pub fn take_body(&mut self, bytes: &[u8], header: &RecordHeader, kept_max: usize) {
         let wanted = header.total.saturating_sub(self.got) as usize;
         let body = &bytes[..bytes.len().min(wanted)];
         self.body_crc = crc32c::crc32c_append(self.body_crc, body);
-        let room = header.kept_bytes().saturating_sub(self.kept.len());
+        let room = kept_max.saturating_sub(self.kept.len());
         self.kept.extend_from_slice(&body[..body.len().min(room)]);
         let padded = (record::padded(header.total) - self.got) as usize;
         self.got += bytes.len().min(padded) as u32;

@@ -1,6 +1,7 @@
 //! WAL records: their header, their CRC, and the way to their main data.
 
 use super::fault::DecodeError;
+use super::touch::RelationFiles;
 use super::u32_at;
 use super::version::WalVersion;
 use crate::lsn::Lsn;
@@ -136,7 +137,17 @@ pub(super) fn main_data(
     kept: &[u8],
     body_bytes: usize,
 ) -> Result<&[u8], &'static str> {
-    let mut walk = Walk { rest: kept, payload: 0, main: 0 };
+    parts(version, kept, body_bytes, &mut |_, _, _| {})
+}
+
+/// As [`main_data`], and names the blocks that the record refers to: files, fork, block.
+pub(super) fn parts<'k>(
+    version: WalVersion,
+    kept: &'k [u8],
+    body_bytes: usize,
+    on_block: &mut dyn FnMut(RelationFiles, u8, u32),
+) -> Result<&'k [u8], &'static str> {
+    let mut walk = Walk { rest: kept, payload: 0, main: 0, files: None, on_block };
     while body_bytes - (kept.len() - walk.rest.len()) > walk.payload {
         walk.header(version).ok_or("its block headers make no sense")?;
     }
@@ -148,13 +159,16 @@ pub(super) fn main_data(
 }
 
 /// The part headers that are still to be read, and the bytes that those read so far announce.
-struct Walk<'a> {
+struct Walk<'a, 'f> {
     rest: &'a [u8],
     payload: usize,
     main: usize,
+    /// Those of the block before.
+    files: Option<RelationFiles>,
+    on_block: &'f mut dyn FnMut(RelationFiles, u8, u32),
 }
 
-impl Walk<'_> {
+impl<'a> Walk<'a, '_> {
     const DATA_SHORT: u8 = 255;
     const DATA_LONG: u8 = 254;
     const ORIGIN: u8 = 253;
@@ -176,6 +190,7 @@ impl Walk<'_> {
     }
 
     fn block(&mut self, version: WalVersion) -> Option<()> {
+        const FORK: u8 = 0x0F;
         const HAS_IMAGE: u8 = 0x10;
         const SAME_RELATION: u8 = 0x80;
         let flags = self.take(1)?[0];
@@ -189,12 +204,19 @@ impl Walk<'_> {
             }
         }
         if flags & SAME_RELATION == 0 {
-            self.take(12)?;
+            let files = self.take(12)?;
+            self.files = Some(RelationFiles {
+                tablespace: u32_at(files, 0)?,
+                database: u32_at(files, 4)?,
+                relation: u32_at(files, 8)?,
+            });
         }
-        self.take(4).map(drop)
+        let block = u32_at(self.take(4)?, 0)?;
+        (self.on_block)(self.files?, flags & FORK, block);
+        Some(())
     }
 
-    fn take(&mut self, bytes: usize) -> Option<&[u8]> {
+    fn take(&mut self, bytes: usize) -> Option<&'a [u8]> {
         let (taken, rest) = self.rest.split_at_checked(bytes)?;
         self.rest = rest;
         Some(taken)

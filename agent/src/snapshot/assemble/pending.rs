@@ -181,6 +181,20 @@ impl Doubts {
         }
     }
 
+    /// All that are named, for a judge with better evidence than what the pages claim.
+    pub fn take_named(&mut self) -> Vec<CorruptPage> {
+        let newer = std::mem::take(&mut self.newer).into_iter().map(|(page, _)| page);
+        let corrupt = std::mem::take(&mut self.corrupt);
+        self.corrupt_count -= corrupt.len() as u64;
+        corrupt.into_iter().chain(newer).collect()
+    }
+
+    /// Adds those that were found to be damaged, by file and block.
+    pub fn add_damaged(&mut self, mut pages: Vec<CorruptPage>) {
+        pages.sort_by(|a, b| (&a.path, a.block).cmp(&(&b.path, b.block)));
+        pages.into_iter().for_each(|page| self.add(page));
+    }
+
     /// Pages that claim to be changed after the backup ended were not: they are damaged.
     pub fn judge(&mut self, stop: Lsn) {
         let newer = std::mem::take(&mut self.newer);

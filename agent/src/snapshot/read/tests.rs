@@ -31,7 +31,7 @@ fn page(block: u32, lsn: u64) -> Vec<u8> {
 fn judged(file: &File, segment: u32) -> (Vec<u8>, Vec<(u32, Option<Lsn>)>) {
     let mut plain = vec![0; file.metadata().unwrap().len() as usize];
     read_full(file, &mut plain, 0).unwrap();
-    let pages = Pages { file, offset: 0, segment: Some(segment) };
+    let pages = Pages { file: Some(file), offset: 0, segment: Some(segment) };
     let doubts = reading().judge(&mut plain, &pages, &|_| false).unwrap().doubts;
     (plain, doubts.into_iter().map(|d| (d.block, d.newer)).collect())
 }
@@ -64,7 +64,7 @@ fn a_page_that_was_torn_is_taken_from_the_second_read() {
     let file = file_of(&[page(0, 5), page(1, 5)]);
     let mut torn = [page(0, 5), page(1, 4)].concat();
     torn[PAGE + 100] ^= 1;
-    let pages = Pages { file: &file, offset: 0, segment: Some(0) };
+    let pages = Pages { file: Some(&file), offset: 0, segment: Some(0) };
     let doubts = reading().judge(&mut torn, &pages, &|_| false).unwrap();
     assert!(doubts.doubts.is_empty());
     assert_eq!(doubts.read_again, [1], "its hash is made anew");
@@ -76,13 +76,24 @@ fn a_page_that_is_gone_by_the_second_read_is_no_damage() {
     let file = file_of(&[page(0, 5)]);
     let mut plain = [page(0, 5), page(1, 5)].concat();
     plain[PAGE + 100] ^= 1;
-    let pages = Pages { file: &file, offset: 0, segment: Some(0) };
+    let pages = Pages { file: Some(&file), offset: 0, segment: Some(0) };
     assert!(reading().judge(&mut plain, &pages, &|_| false).unwrap().doubts.is_empty());
 }
 
 #[test]
 fn files_that_are_no_relations_are_not_judged() {
     let file = file_of(&[vec![9; PAGE]]);
-    let pages = Pages { file: &file, offset: 0, segment: None };
+    let pages = Pages { file: Some(&file), offset: 0, segment: None };
     assert!(reading().judge(&mut [9; PAGE], &pages, &|_| false).unwrap().doubts.is_empty());
+}
+
+#[test]
+fn a_page_that_cannot_be_read_again_is_a_doubt_at_once() {
+    let first = 2 * reading().segment_pages;
+    let mut plain = [page(first, 5), page(first + 1, 5)].concat();
+    plain[PAGE + 100] ^= 1;
+    let pages = Pages { file: None, offset: 0, segment: Some(2) };
+    let judged = reading().judge(&mut plain, &pages, &|_| false).unwrap();
+    let doubts: Vec<_> = judged.doubts.iter().map(|d| (d.page, d.block, d.newer)).collect();
+    assert_eq!(doubts, [(1, first + 1, None)]);
 }
