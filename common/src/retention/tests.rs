@@ -162,6 +162,10 @@ fn a_marked_an_unusable_and_a_late_snapshot_do_not_begin_the_window() {
     let (story, snapshots) = Story::daily(12);
     let mut marked = Story(story.0.clone());
     marked.0.manifests.get_mut(&snapshots[4]).unwrap().corrupt_pages = 1;
+    // Acknowledged, so that nothing else keeps the one before it.
+    let word = held(snapshots[3], Hold::Consistent).given_back();
+    let word = PinRecord { damage: Some(snapshots[4]), ..word };
+    marked.pin(0, word, damage_pin(snapshots[4]));
     assert_eq!(marked.kept(&week()), set(&snapshots[3..]));
     let mut lacking = Story(story.0.clone());
     let pack = lacking.0.manifests[&snapshots[4]].packs[0].name(SYSTEM);
