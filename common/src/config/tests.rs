@@ -177,16 +177,27 @@ fn keys_of_another_kind_of_store_are_refused_by_name_and_line() {
         ("s3://acme/a", "kms-key-id = \"k\"", "add: encryption = \"sse-kms\""),
         ("s3://acme/a", "encryption = \"aes\"", "choose from: sse-s3, sse-kms"),
         ("s3://acme/a", "storage-class = \"DEEP_ARCHIVE\"", "cannot be read at once"),
-        ("az://acme/a", "account = \"acme\"\nstorage-class = \"Archive\"", "cannot be read at once"),
+        (
+            "az://acme/a",
+            "account = \"acme\"\nstorage-class = \"Archive\"",
+            "cannot be read at once",
+        ),
         ("s3://acme/a", "proxy = \"socks://me:hunter2@p\"", "proxy: not an http or https URL"),
         ("s3://acme/a", "role = \"optional\"", "choose from: required, best-effort"),
-        ("gs://acme/a", "credentials-file = \"/nonexistent.json\"", "credentials file /nonexistent.json"),
+        (
+            "gs://acme/a",
+            "credentials-file = \"/nonexistent.json\"",
+            "credentials file /nonexistent.json",
+        ),
     ];
     for (url, key, word) in cases {
         let table = format!("[[location]]\nname = \"a\"\nurl = \"{url}\"\n{key}\n");
         let faults = faults_of(&table, "any");
         assert!(faults.len() == 1 && faults[0].contains(word), "{key}: {faults:?}");
-        assert!(faults[0].starts_with("line 4: ") || faults[0].starts_with("line 5: "), "{faults:?}");
+        assert!(
+            faults[0].starts_with("line 4: ") || faults[0].starts_with("line 5: "),
+            "{faults:?}"
+        );
         assert!(!faults[0].contains("hunter2"), "{faults:?}");
     }
 }

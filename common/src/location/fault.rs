@@ -19,7 +19,7 @@ enum Remedy {
 use Remedy::{Credentials, Permissions, Say};
 
 /// By a mark that the words contain. The first that matches counts.
-const REMEDIES: [(&str, Remedy); 30] = [
+const REMEDIES: [(&str, Remedy); 31] = [
     ("NoSuchBucket", Say("create the bucket, or correct the location's url")),
     ("ContainerNotFound", Say("create the container, or correct the location's url")),
     ("InvalidAccessKeyId", Credentials),
@@ -32,6 +32,7 @@ const REMEDIES: [(&str, Remedy); 30] = [
     ("NoAuthenticationInformation", Credentials),
     ("invalid_grant", Credentials),
     ("invalid_client", Credentials),
+    ("failed to authenticate", Credentials),
     ("AccessDenied", Permissions),
     ("AuthorizationPermissionMismatch", Permissions),
     ("AuthorizationFailure", Permissions),
@@ -40,10 +41,7 @@ const REMEDIES: [(&str, Remedy); 30] = [
         "ProtocolVersion",
         Say("the server does not speak TLS as new as tls-min: renew its TLS, or lower tls-min"),
     ),
-    (
-        "UnknownIssuer",
-        Say("name the file with the certificate authority's certificate as ca-file"),
-    ),
+    ("UnknownIssuer", Say("name the file with the certificate authority's certificate as ca-file")),
     ("certificate", Say("correct the endpoint, or the server's certificate")),
     ("redirect", Say("set region to the bucket's region")),
     ("169.254.169.254", Credentials),

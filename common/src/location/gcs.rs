@@ -45,10 +45,7 @@ fn builder(settings: &LocationSettings, bucket: &str) -> Result<GoogleCloudStora
         builder = builder.with_config(GoogleConfigKey::BaseUrl, endpoint.trim_end_matches('/'));
     }
     if settings.allow_http {
-        builder = builder.with_config(
-            GoogleConfigKey::Client(ClientConfigKey::AllowHttp),
-            "true",
-        );
+        builder = builder.with_config(GoogleConfigKey::Client(ClientConfigKey::AllowHttp), "true");
     }
     let named = builder.get_config_value(&GoogleConfigKey::ApplicationCredentials);
     match (&settings.credentials_file, named) {
@@ -69,8 +66,9 @@ enum FileKind {
 /// Refuses by name what is no key of a service account, nor what `gcloud` leaves for a user.
 fn kind_of(path: &Path) -> Result<FileKind> {
     let bad = |reason: String| {
-        Error::new(Kind::Config, format!("credentials file {}: {reason}", path.display()))
-            .remedy("name the JSON key of a service account, or run where the platform gives an identity")
+        Error::new(Kind::Config, format!("credentials file {}: {reason}", path.display())).remedy(
+            "name the JSON key of a service account, or run where the platform gives an identity",
+        )
     };
     let text = std::fs::read(path).map_err(|e| bad(e.to_string()))?;
     // A parse error would quote the file.

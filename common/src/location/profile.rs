@@ -95,7 +95,10 @@ fn files(env: Environment<'_>) -> Option<(PathBuf, PathBuf)> {
         let usual = || Some(Path::new(&env("HOME")?).join(".aws").join(file));
         env(variable).map(PathBuf::from).or_else(usual)
     };
-    Some((place("AWS_SHARED_CREDENTIALS_FILE", "credentials")?, place("AWS_CONFIG_FILE", "config")?))
+    Some((
+        place("AWS_SHARED_CREDENTIALS_FILE", "credentials")?,
+        place("AWS_CONFIG_FILE", "config")?,
+    ))
 }
 
 fn bad(name: &str, reason: &str) -> Error {

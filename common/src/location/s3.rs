@@ -105,7 +105,9 @@ fn with_credentials(
         (None, false) => Profile::usual(&env)?,
     };
     let Some(profile) = profile else { return Ok(builder) };
-    let region = profile.region().filter(|_| settings.profile.is_some() || !is_set(AmazonS3ConfigKey::Region));
+    let region = profile
+        .region()
+        .filter(|_| settings.profile.is_some() || !is_set(AmazonS3ConfigKey::Region));
     let builder = match region {
         Some(region) => builder.with_region(region),
         None => builder,
