@@ -22,6 +22,7 @@
 //! | [`schedule`], [`keeper`] | when a snapshot is taken, and the one task that takes it |
 //! | [`epochs`], [`writer`] | data keys; writing to a location in the order of the format |
 //! | [`sync`] | copies to a location what it lacks |
+//! | [`synchronous`] | whether commits wait for this agent |
 //! | [`control`], [`status`], [`alarms`] | what the running agent tells |
 //! | [`context`] | what every task is given |
 
@@ -38,6 +39,7 @@ pub mod schedule;
 pub mod snapshot;
 pub mod status;
 pub mod sync;
+pub mod synchronous;
 pub mod wal;
 pub mod writer;
 

@@ -133,6 +133,10 @@ impl Location {
         &self.0.settings.url
     }
 
+    pub fn role(&self) -> Role {
+        self.0.settings.role
+    }
+
     /// True if acknowledgement counts it.
     pub fn is_required(&self) -> bool {
         self.0.settings.is_required()

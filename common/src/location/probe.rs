@@ -33,6 +33,9 @@ pub struct Probe {
 }
 
 const PROBE_BYTES: usize = 8192;
+/// How often an overloaded store is asked again to delete, so that nothing is left behind.
+const DELETED_AGAIN: usize = 3;
+const DELETED_AGAIN_AFTER: Duration = Duration::from_millis(700);
 
 impl Location {
     /// Writes, reads, lists and deletes; refuses by name a store that cannot hold a location.
@@ -41,7 +44,15 @@ impl Location {
         let folder = format!("probe/{stamp:016x}/");
         let paths = ["1", "2", "3"].map(|n| format!("{folder}{n}"));
         let result = self.try_out(&folder, &paths).await;
-        let deleted = self.delete_at(&paths).await;
+        let mut deleted = self.delete_at(&paths).await;
+        for _ in 0..DELETED_AGAIN {
+            match &deleted {
+                Err(error) if super::is_overload(error) => {}
+                _ => break,
+            }
+            tokio::time::sleep(DELETED_AGAIN_AFTER).await;
+            deleted = self.delete_at(&paths).await;
+        }
         let probe = result.context("probe")?;
         let deletes = deleted.is_ok() && self.size_at(&paths[0]).await?.is_none();
         Ok(Probe { deletes, ..probe })
