@@ -179,7 +179,9 @@ async fn check_single_writer(
             Kind::Config,
             format!("it is declared single-writer, and the agent {other} writes there too"),
         )
-        .remedy("give each agent a location of its own, or use a store that honours conditional writes")),
+        .remedy(
+            "give each agent a location of its own, or use a store that honours conditional writes",
+        )),
     }
 }
 
@@ -196,10 +198,12 @@ fn of_probe(location: &Location, probe: &Probe) -> Finding {
         lacks.push("it cannot list from a key: whole folders are listed each time".to_string());
     }
     if probe.checks_uploads == Some(false) {
-        lacks.push("it does not check uploads against a checksum: only TLS guards them".to_string());
+        lacks
+            .push("it does not check uploads against a checksum: only TLS guards them".to_string());
     }
     if location.has_single_writer() && probe.honours_conditions {
-        lacks.push("it honours conditional writes by now: single-writer can be removed".to_string());
+        lacks
+            .push("it honours conditional writes by now: single-writer can be removed".to_string());
     }
     let seen = [vec![seen], lacks].concat().join("; ");
     if !probe.honours_conditions {
@@ -252,7 +256,10 @@ fn durability(settings: &Settings, is_waited_for: bool) -> Finding {
         Acknowledge::Spool => format!(
             "acknowledged by the local spool; a lost host loses at most {interval} and one PUT of commits"
         ),
-        _ => format!("acknowledged by {} of {required} required locations; {waits}", policy.needed(required)),
+        _ => format!(
+            "acknowledged by {} of {required} required locations; {waits}",
+            policy.needed(required)
+        ),
     };
     if spared > 0 {
         text += &format!("; {spared} best-effort, which nothing waits for");
@@ -305,7 +312,8 @@ mod tests {
 
     #[test]
     fn what_a_store_lacks_is_named() {
-        let location = settings("[[location]]\nname = \"a\"\nurl = \"file:///a\"\n").locations.remove(0);
+        let location =
+            settings("[[location]]\nname = \"a\"\nurl = \"file:///a\"\n").locations.remove(0);
         let location = Location::open(&location).unwrap();
         let good = Probe {
             deletes: true,

@@ -152,7 +152,8 @@ async fn run_snapshot(settings: &Settings, json: bool) -> anyhow::Result<u8> {
         true => println!("{}", serde_json::to_string_pretty(&outcome)?),
         false => println!("{outcome}"),
     }
-    let required = |name: &LocationName| settings.locations.iter().any(|l| l.name == *name && l.is_required());
+    let required =
+        |name: &LocationName| settings.locations.iter().any(|l| l.name == *name && l.is_required());
     let is_done = !outcome.pending.iter().any(|(location, _)| required(location));
     Ok(if is_done { 0 } else { Kind::Storage.exit_code() })
 }

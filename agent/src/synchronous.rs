@@ -96,7 +96,9 @@ mod tests {
         ] {
             assert!(names(setting, "backstay_db1"), "{setting}");
         }
-        for setting in ["", "a", "ANY 1 (a, b)", "backstay_db12", "\"a, backstay_db1\"", "\"a\"\"b\""] {
+        for setting in
+            ["", "a", "ANY 1 (a, b)", "backstay_db12", "\"a, backstay_db1\"", "\"a\"\"b\""]
+        {
             assert!(!names(setting, "backstay_db1"), "{setting}");
         }
         assert!(names("\"a\"\"b\"", "a\"b"));

@@ -12,6 +12,7 @@
 //! | `integrity` | damaged, missing and swapped objects, wrong keys and clusters |
 //! | `refusals` | bad input: the thing, the reason, the remedy, the exit code |
 //! | `tls` | logins over TLS |
+//! | `stores` | stores of all kinds, their roles, and what is refused of them |
 //! | `status` | what the running agent tells, and when it takes snapshots |
 
 mod decoder;
@@ -25,5 +26,6 @@ mod restore;
 mod s3;
 mod site;
 mod status;
+mod stores;
 mod tidy;
 mod tls;

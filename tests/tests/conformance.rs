@@ -132,6 +132,20 @@ async fn tls_1_1_is_refused() {
     assert_eq!(error.kind(), Kind::Storage, "{error}");
 }
 
+/// The server itself plays the proxy: it gets the requests that are for a host that does not exist.
+#[tokio::test]
+async fn a_proxy_is_asked_for_the_endpoint() {
+    let bucket = Bucket::start().await;
+    let mut settings = bucket.settings("a");
+    settings.endpoint = Some("http://store.invalid:9".into());
+    settings.proxy = Some(Secret::new(format!("{}/", bucket.endpoint())));
+    let name = name();
+    assert_eq!(open(&settings).put(&name, content(1000)).await.unwrap(), Put::Created);
+    assert_eq!(bucket.objects().len(), 1);
+    settings.proxy = None;
+    assert_eq!(open(&settings).get(&name).await.unwrap_err().kind(), Kind::Storage);
+}
+
 /// Started and named by the test script; a second judge of our client.
 #[tokio::test]
 async fn moto_conforms() {

@@ -107,7 +107,11 @@ impl Shelf {
     /// The locations that are waited for.
     pub fn waited_for(&self, patience: Patience) -> impl Iterator<Item = usize> {
         let counts = move |required: &bool| *required || patience == Patience::WithAll;
-        self.required.iter().enumerate().filter(move |(_, required)| counts(required)).map(|(l, _)| l)
+        self.required
+            .iter()
+            .enumerate()
+            .filter(move |(_, required)| counts(required))
+            .map(|(l, _)| l)
     }
 
     /// True if all that are waited for have it, and it is on its way to nobody.

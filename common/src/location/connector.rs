@@ -57,12 +57,21 @@ impl Connector {
             let more = Certificate::from_pem_bundle(pem.as_bytes());
             certificates.extend(more.map_err(|e| bad_proxy(&format!("its certificate: {e}")))?);
         }
-        let proxy = match &settings.proxy {
+        let told = match &settings.proxy {
             Some(proxy) => Some(proxy.expose().to_string()),
             None => env(ClientConfigKey::ProxyUrl),
         };
-        let excluded = env(ClientConfigKey::ProxyExcludes).unwrap_or_default();
-        let proxy = proxy.map(|url| self::proxy(&url, &excluded)).transpose()?;
+        let usual = |names: [&str; 2]| {
+            names.iter().find_map(|name| std::env::var(name).ok().filter(|value| !value.is_empty()))
+        };
+        let excluded = env(ClientConfigKey::ProxyExcludes)
+            .or_else(|| usual(["NO_PROXY", "no_proxy"]))
+            .unwrap_or_default();
+        let proxy = match (told, usual(["HTTPS_PROXY", "https_proxy"])) {
+            (Some(url), _) => Some(proxy(&url, &excluded, |url| Proxy::all(url))?),
+            (None, Some(url)) => Some(proxy(&url, &excluded, |url| Proxy::https(url))?),
+            (None, None) => None,
+        };
         let google_hash = settings.url.starts_with("gs:");
         Ok(Connector { certificates, proxy, tls_min: settings.tls_min, google_hash })
     }
@@ -80,6 +89,7 @@ impl Connector {
             .user_agent(concat!("backstay/", env!("CARGO_PKG_VERSION")))
             .https_only(!allow_http)
             .http1_only()
+            .no_proxy()
             .tls_version_min(tls_min)
             .tls_certs_merge(self.certificates.clone());
         if let Some(proxy) = &self.proxy {
@@ -139,13 +149,13 @@ fn install_crypto_provider() {
 }
 
 /// No message repeats the URL, which may hold a password.
-fn proxy(url: &str, excluded: &str) -> Result<Proxy> {
+fn proxy(url: &str, excluded: &str, of: fn(&str) -> reqwest::Result<Proxy>) -> Result<Proxy> {
     let is_url = url::Url::parse(url)
         .is_ok_and(|url| ["http", "https"].contains(&url.scheme()) && url.has_host());
     if !is_url {
         return Err(bad_proxy("not an http or https URL"));
     }
-    let proxy = Proxy::all(url).map_err(|_| bad_proxy("not the URL of a proxy"))?;
+    let proxy = of(url).map_err(|_| bad_proxy("not the URL of a proxy"))?;
     let excluded = match excluded {
         "" => NEVER_PROXIED.to_string(),
         more => format!("{NEVER_PROXIED},{more}"),
