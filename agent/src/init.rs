@@ -7,9 +7,14 @@ use crate::connect;
 use backstay_common::cluster::ClusterRecord;
 use backstay_common::config::Settings;
 use backstay_common::id::SystemId;
-use backstay_common::location::{Location, PutNew};
+use backstay_common::location::{Location, PutNew, is_overload};
 use backstay_common::name::ObjectName;
 use backstay_common::{Context, Error, Kind, Result};
+use std::time::{Duration, Instant};
+
+/// How long an overloaded store is tried again, and the pauses between.
+const OVERLOAD_PATIENCE: Duration = Duration::from_secs(60);
+const PAUSES: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(15));
 
 /// What `init` did at one location.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -25,11 +30,28 @@ pub async fn run(settings: &Settings) -> Result<Vec<(Location, Initialised)>> {
     let mut done = Vec::new();
     for location in &settings.locations {
         let location = Location::open(location)?;
-        let initialised = prepare(settings, server.system, &location).await;
+        let prepared = || prepare(settings, server.system, &location);
+        let initialised = while_overloaded(prepared).await;
         let initialised = initialised.context(format!("location {}", location.name()))?;
         done.push((location, initialised));
     }
     Ok(done)
+}
+
+/// Tries again, for a minute, what fails because a store has too much to do.
+pub async fn while_overloaded<T>(work: impl AsyncFn() -> Result<T>) -> Result<T> {
+    let (mut pause, longest) = PAUSES;
+    let deadline = Instant::now() + OVERLOAD_PATIENCE;
+    loop {
+        match work().await {
+            Err(error) if is_overload(&error) && Instant::now() + pause < deadline => {
+                tracing::info!("{}; tried again in {} s", error.message(), pause.as_secs());
+            }
+            result => return result,
+        }
+        tokio::time::sleep(pause).await;
+        pause = (pause * 2).min(longest);
+    }
 }
 
 async fn prepare(

@@ -23,6 +23,7 @@
 //! | [`epochs`], [`writer`] | data keys; writing to a location in the order of the format |
 //! | [`sync`] | copies to a location what it lacks |
 //! | [`prune`] | deletes what no moment of the window needs |
+//! | [`synchronous`] | whether commits wait for this agent |
 //! | [`control`], [`status`], [`alarms`] | what the running agent tells |
 //! | [`context`] | what every task is given |
 
@@ -40,6 +41,7 @@ pub mod schedule;
 pub mod snapshot;
 pub mod status;
 pub mod sync;
+pub mod synchronous;
 pub mod wal;
 pub mod writer;
 

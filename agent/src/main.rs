@@ -7,6 +7,7 @@ use backstay_agent::prune::PruneOptions;
 use backstay_agent::prune::pins::PinRequest;
 use backstay_agent::{check, init, status};
 use backstay_common::config::Settings;
+use backstay_common::id::LocationName;
 use backstay_common::{Error, Kind};
 use clap::{Parser, Subcommand};
 use indicatif::{ProgressBar, ProgressStyle};
@@ -92,7 +93,7 @@ enum Verb {
 }
 
 const EXIT_CODES: &str = "Exit codes: 0 done, 1 internal, 2 usage or configuration, 4 integrity, \
-5 storage (or committed at some locations only), 6 PostgreSQL, 7 key, 9 no agent answers, 10 alarms";
+5 storage (or committed at some required locations only), 6 PostgreSQL, 7 key, 9 no agent answers, 10 alarms";
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
@@ -202,7 +203,10 @@ async fn run_snapshot(settings: &Settings, json: bool) -> anyhow::Result<u8> {
         true => println!("{}", serde_json::to_string_pretty(&outcome)?),
         false => println!("{outcome}"),
     }
-    Ok(if outcome.pending.is_empty() { 0 } else { Kind::Storage.exit_code() })
+    let required =
+        |name: &LocationName| settings.locations.iter().any(|l| l.name == *name && l.is_required());
+    let is_done = !outcome.pending.iter().any(|(location, _)| required(location));
+    Ok(if is_done { 0 } else { Kind::Storage.exit_code() })
 }
 
 async fn run_prune(settings: &Settings, options: PruneOptions, json: bool) -> anyhow::Result<u8> {

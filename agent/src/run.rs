@@ -13,6 +13,7 @@ use crate::init::check_record;
 use crate::keeper;
 use crate::schedule::Schedule;
 use crate::status::Status;
+use crate::synchronous;
 use crate::wal::{self, WalStatus};
 use crate::writer::Writer;
 use backstay_common::cluster::ClusterRecord;
@@ -101,6 +102,7 @@ async fn supervise(
     tasks.spawn(wal::run(context.clone(), wal_status));
     tasks.spawn(keeper_task.run());
     tasks.spawn(control::serve(listener, status, keeper, context.clone()));
+    tasks.spawn(synchronous::watch(context.clone()));
 
     let mut result = Ok(());
     while let Some(ended) = tasks.join_next().await {

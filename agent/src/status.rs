@@ -74,6 +74,9 @@ pub fn for_people(status: &serde_json::Value) -> String {
             field("behind_bytes"),
             field("behind_seconds")
         );
+        if location["role"] == "best-effort" {
+            state.push_str("; best-effort");
+        }
         if !location["last_error"].is_null() {
             let _ = write!(state, "; {}", field("last_error"));
         }

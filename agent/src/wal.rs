@@ -21,8 +21,9 @@
 //!      └─► ship (virginia)  ─► location      fill: what only another location has
 //! ```
 //!
-//! What always holds: bytes leave the spool only when every location has them and PostgreSQL has been told so; nothing
-//! is acknowledged but what the policy proves; a dead location costs the others nothing but room in the spool. A
+//! What always holds: bytes leave the spool only when every required location has them and PostgreSQL has been told so;
+//! nothing is acknowledged but what the policy proves, and best-effort locations prove nothing; a dead location costs the
+//! others nothing but room in the spool, and a best-effort one no more than half of it. A
 //! crash at any instruction leaves the spool, whose folders say what they are, and whole objects; `board`, the only state in
 //! memory, is made from them anew.
 
@@ -43,6 +44,7 @@ mod spool;
 
 use crate::context::AgentContext;
 use backstay_common::id::{Branch, LocationName};
+use backstay_common::location::Role;
 use backstay_common::lsn::{Lsn, LsnRange};
 use backstay_common::segment::TimelineId;
 use backstay_common::{Context, Error, Kind, Result};
@@ -52,6 +54,7 @@ use line::Line;
 use pipeline::Pipeline;
 use sealed::Sealed;
 use serde::Serialize;
+use shelf::Patience;
 use std::io::Write;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -92,6 +95,7 @@ pub struct WalStatus {
 #[derive(Clone, Debug, Serialize)]
 pub struct LocationWal {
     pub name: LocationName,
+    pub role: Role,
     /// All before is there; 0/0 as long as the location has not been listed.
     pub stored: Lsn,
     pub behind_bytes: u64,
@@ -151,7 +155,7 @@ fn open(
     let root = context.settings.state_dir.join("spool").join(context.system.to_string());
     std::fs::create_dir_all(&root).context(format!("create {}", root.display()))?;
     let sealed = Sealed::create(&root, context.system)?;
-    let board = Board::new(context.writers.len(), context.settings.durability.acknowledge);
+    let board = Board::new(required(&context), context.settings.durability.acknowledge);
     let halt = CancellationToken::new();
     let path = Arc::new(WalPath { context, root, sealed, board, fatal, halt });
     let lines: Vec<Arc<Line>> = Line::open_all(&path.root)?.into_iter().map(Arc::new).collect();
@@ -173,7 +177,20 @@ fn open(
     Ok((path, current))
 }
 
+/// By location.
+fn required(context: &AgentContext) -> Vec<bool> {
+    context.writers.iter().map(|writer| writer.location().is_required()).collect()
+}
+
 impl WalPath {
+    /// Best-effort locations are waited for while the spool is less than half full.
+    fn patience(&self, state: &State) -> Patience {
+        match state.spool_bytes() < self.context.settings.spool.bytes_max / 2 {
+            true => Patience::WithAll,
+            false => Patience::WithRequired,
+        }
+    }
+
     /// Runs a task whose error, or panic, stops the process.
     fn spawn(&self, work: impl Future<Output = Result<()>> + Send + 'static) {
         let (fatal, halt) = (self.fatal.clone(), self.halt.clone());
@@ -196,8 +213,8 @@ impl WalPath {
     fn take_up(&self, line: &Arc<Line>, switch: Lsn) {
         self.board.update(|state| {
             let floor = state.frontier.acknowledged().min(switch);
-            let locations = state.health.len();
-            state.frontier = Frontier::new(locations, line.spool.end(), floor);
+            let required = required(&self.context);
+            state.frontier = Frontier::new(required, line.spool.end(), floor);
             state.lines.insert(line.number, line.clone());
             state.current = line.number;
         });
@@ -255,7 +272,7 @@ async fn keep_synced(path: Arc<WalPath>) -> Result<()> {
     }
 }
 
-/// Removes from the local disk what every location has.
+/// Removes from the local disk what every location that is waited for has.
 async fn tidy(path: Arc<WalPath>) -> Result<()> {
     loop {
         tokio::time::sleep(TIDY_EVERY).await;
@@ -270,23 +287,26 @@ async fn tidy(path: Arc<WalPath>) -> Result<()> {
 
 /// First the WAL, then the sealed objects: what is sealed tells a restart what has been cut.
 fn tidy_line(path: &WalPath, line: &Arc<Line>) -> Result<()> {
-    let until = path.board.read(|state| forgettable(state, line));
+    let (patience, until) = path.board.read(|state| {
+        let patience = path.patience(state);
+        (patience, forgettable(state, line, patience))
+    });
     line.spool.forget(until)?;
     let begin = line.spool.begin();
-    let gone = path.board.update_quietly(|state| state.shelf.retire(line.number, begin));
+    let gone = path.board.update_quietly(|state| state.shelf.retire(line.number, begin, patience));
     if !gone.is_empty() {
         path.sealed.remove(&gone)?;
     }
-    match path.board.read(|state| is_over(state, line)) {
+    match path.board.read(|state| is_over(state, line, patience)) {
         true => remove_line(path, line),
         false => Ok(()),
     }
 }
 
-/// What every location has, and PostgreSQL has been told of. The span before the newest stays: a record may reach
+/// What every location that is waited for has, and PostgreSQL has been told of. The span before the newest stays: a record may reach
 /// from it into the next, and a restart reads it whole.
-fn forgettable(state: &State, line: &Line) -> Lsn {
-    let locations = 0..state.health.len();
+fn forgettable(state: &State, line: &Line, patience: Patience) -> Lsn {
+    let locations = state.shelf.waited_for(patience);
     let stored = locations.map(|l| state.shelf.frontier(l, line.number)).min();
     let stored = stored.unwrap_or(Lsn::INVALID);
     match line.number == state.current {
@@ -300,19 +320,26 @@ fn forgettable(state: &State, line: &Line) -> Lsn {
 }
 
 /// True if nothing of an old line is needed here any more.
-fn is_over(state: &State, line: &Line) -> bool {
+fn is_over(state: &State, line: &Line, patience: Patience) -> bool {
     let end = line.spool.end();
     line.number != state.current
         && line.is_ended()
         && line.is_sealed()
         && line.branch().is_some()
-        && state.shelf.is_done(line.number)
-        && (0..state.health.len()).all(|l| state.shelf.frontier(l, line.number) >= end)
+        && state.shelf.is_line_done(line.number, patience)
+        && state.shelf.waited_for(patience).all(|l| state.shelf.frontier(l, line.number) >= end)
 }
 
+/// Nothing, this time, if something is on its way to a location all the same.
 fn remove_line(path: &WalPath, line: &Arc<Line>) -> Result<()> {
-    let gone = path.board.update_quietly(|state| state.shelf.retire(line.number, Lsn::MAX));
+    let (gone, is_empty) = path.board.update_quietly(|state| {
+        let gone = state.shelf.retire(line.number, Lsn::MAX, Patience::WithRequired);
+        (gone, state.shelf.ranges(line.number).is_empty())
+    });
     path.sealed.remove(&gone)?;
+    if !is_empty {
+        return Ok(());
+    }
     let folder = line.spool.folder();
     std::fs::remove_dir_all(&folder)
         .and_then(|()| spool::sync_folder(&path.root))
@@ -321,12 +348,13 @@ fn remove_line(path: &WalPath, line: &Arc<Line>) -> Result<()> {
     Ok(())
 }
 
-/// Returns when every location has all that was received.
+/// Returns when every required location has all that was received.
 async fn all_shipped(path: &WalPath) {
     let mut bell = path.board.listen();
     let is_shipped = |state: &State| {
         let done = state.lines.values().all(|line| line.is_sealed());
-        done && (0..state.health.len()).all(|l| state.shelf.backlog(l).0 == 0)
+        let mut required = state.shelf.waited_for(Patience::WithRequired);
+        done && required.all(|l| state.shelf.backlog(l).0 == 0)
     };
     while !path.board.read(is_shipped) {
         let _ = bell.changed().await;
@@ -369,6 +397,7 @@ fn describe(context: &AgentContext, state: &State) -> WalStatus {
         let begin = line.map_or(Lsn::INVALID, |line| line.spool.begin());
         LocationWal {
             name: writer.location().name().clone(),
+            role: writer.location().role(),
             stored: frontier.stored(n),
             behind_bytes: frontier.received().since(frontier.stored(n).max(begin)),
             behind_seconds: oldest.map_or(0, |since: Instant| since.elapsed().as_secs()),

@@ -6,7 +6,7 @@
 mod reader;
 
 use crate::id::{AgentName, ClusterName, LocationName};
-use crate::location::{Location, LocationSettings, Secret};
+use crate::location::{Encryption, Location, LocationSettings, Role, Secret, TlsMin};
 use crate::{Error, Kind, Result};
 use reader::Reader;
 use std::path::{Path, PathBuf};
@@ -20,6 +20,7 @@ pub struct Settings {
     pub state_dir: PathBuf,
     pub agent: AgentName,
     pub postgres: PostgresSettings,
+    /// At least one of them required. Their order is that in which they are preferred for reading.
     pub locations: Vec<LocationSettings>,
     pub durability: DurabilitySettings,
     pub spool: SpoolSettings,
@@ -50,16 +51,16 @@ pub struct DurabilitySettings {
 pub enum Acknowledge {
     /// It is fsynced in the local spool.
     Spool,
-    /// One location has it.
+    /// One required location has it.
     Any,
-    /// More than half of the locations have it.
+    /// More than half of the required locations have it.
     Majority,
-    /// Every location has it.
+    /// Every required location has it.
     All,
 }
 
 impl Acknowledge {
-    /// How many of `locations` must hold a byte before it may be acknowledged.
+    /// How many of so many required `locations` must hold a byte before it may be acknowledged.
     pub fn needed(self, locations: usize) -> usize {
         match self {
             Acknowledge::Spool => 0,
@@ -136,6 +137,11 @@ impl KeySettings {
 }
 
 impl Settings {
+    /// How many locations count for acknowledgement.
+    pub fn required_locations(&self) -> usize {
+        self.locations.iter().filter(|location| location.is_required()).count()
+    }
+
     /// Reads a config file. Every fault is [`Kind::Config`].
     pub fn read(path: &Path) -> Result<Settings> {
         let text = std::fs::read_to_string(path).map_err(|e| {
@@ -154,10 +160,11 @@ impl Settings {
         let cluster = top.required::<ClusterName>("cluster", "cluster = \"orders\"");
         let state_dir = top.path("state-dir").unwrap_or_else(|| "/var/lib/backstay".into());
         let agent = agent_name(&mut top, hostname);
+        let locations = locations(&mut top);
         let settings = Settings {
             postgres: postgres(top.table("postgres"), agent.as_ref()),
-            locations: locations(&mut top),
-            durability: durability(top.table("durability")),
+            durability: durability(top.table("durability"), &locations),
+            locations,
             spool: spool(top.table("spool")),
             snapshot: snapshot(top.table("snapshot")),
             retention: retention(top.table("retention")),
@@ -211,19 +218,9 @@ fn locations(top: &mut Reader<'_>) -> Vec<LocationSettings> {
     for mut t in tables {
         let name = t.required::<LocationName>("name", "name = \"frankfurt\"");
         let url = t.required::<String>("url", "url = \"s3://bucket/prefix\"");
-        let settings = LocationSettings {
-            endpoint: t.string("endpoint"),
-            region: t.string("region"),
-            access_key_id: t.string("access-key-id"),
-            secret_access_key: t.string("secret-access-key").map(Secret::new),
-            session_token: t.string("session-token").map(Secret::new),
-            ca_file: t.path("ca-file"),
-            allow_http: t.boolean("allow-http").unwrap_or(false),
-            ..match (name, url) {
-                (Some(name), Some(url)) => LocationSettings::new(name, url),
-                _ => continue,
-            }
-        };
+        let told = location(&mut t);
+        let (Some(name), Some(url)) = (name, url) else { continue };
+        let settings = LocationSettings { name, url, ..told };
         if locations.iter().any(|other| other.name == settings.name) {
             t.fault(
                 "name",
@@ -237,15 +234,63 @@ fn locations(top: &mut Reader<'_>) -> Vec<LocationSettings> {
         {
             t.fault("url", "another location has this URL", "two copies in one place are one copy");
         }
-        if let Err(error) = Location::open(&settings) {
+        if let Some((key, kinds)) = settings.misplaced() {
+            t.fault(key, &format!("it is for {kinds} locations"), "remove it, or correct the url");
+        } else if let Err(error) = Location::open(&settings) {
             t.fault("url", error.message(), error.remedy_text().unwrap_or("correct the URL"));
         }
         locations.push(settings);
     }
+    if !locations.is_empty() && !locations.iter().any(LocationSettings::is_required) {
+        top.fault(
+            "location",
+            "every location is best-effort, so that none counts",
+            "remove role from at least one",
+        );
+    }
     locations
 }
 
-fn durability(mut t: Reader<'_>) -> DurabilitySettings {
+/// Everything but name and URL, which the caller has.
+fn location(t: &mut Reader<'_>) -> LocationSettings {
+    let nowhere = LocationSettings::new("unknown".parse().expect("a plain name"), "");
+    let roles = [("required", Role::Required), ("best-effort", Role::BestEffort)];
+    let versions = [("1.2", TlsMin::Tls12), ("1.3", TlsMin::Tls13)];
+    LocationSettings {
+        role: t.word("role", &roles).unwrap_or(Role::Required),
+        single_writer: t.boolean("single-writer").unwrap_or(false),
+        endpoint: t.string("endpoint"),
+        region: t.string("region"),
+        access_key_id: t.string("access-key-id"),
+        secret_access_key: t.string("secret-access-key").map(Secret::new),
+        session_token: t.string("session-token").map(Secret::new),
+        profile: t.string("profile"),
+        encryption: encryption(t),
+        credentials_file: t.path("credentials-file"),
+        account: t.string("account"),
+        account_key: t.string("account-key").map(Secret::new),
+        sas_token: t.string("sas-token").map(Secret::new),
+        storage_class: t.string("storage-class"),
+        ca_file: t.path("ca-file"),
+        tls_min: t.word("tls-min", &versions).unwrap_or(TlsMin::Tls12),
+        proxy: t.string("proxy").map(Secret::new),
+        allow_http: t.boolean("allow-http").unwrap_or(false),
+        path_style: t.boolean("path-style"),
+        ..nowhere
+    }
+}
+
+fn encryption(t: &mut Reader<'_>) -> Option<Encryption> {
+    let words = [("sse-s3", false), ("sse-kms", true)];
+    let by_kms = t.word("encryption", &words);
+    let key = t.string("kms-key-id");
+    if key.is_some() && by_kms != Some(true) {
+        t.fault("kms-key-id", "there is no KMS without it", "add: encryption = \"sse-kms\"");
+    }
+    by_kms.map(|by_kms| if by_kms { Encryption::Kms(key) } else { Encryption::Store })
+}
+
+fn durability(mut t: Reader<'_>, locations: &[LocationSettings]) -> DurabilitySettings {
     let words = [
         ("spool", Acknowledge::Spool),
         ("any", Acknowledge::Any),
@@ -253,6 +298,14 @@ fn durability(mut t: Reader<'_>) -> DurabilitySettings {
         ("all", Acknowledge::All),
     ];
     let acknowledge = t.word("acknowledge", &words).unwrap_or(Acknowledge::Spool);
+    let required = locations.iter().filter(|location| location.is_required()).count();
+    if acknowledge == Acknowledge::Majority && required == 2 {
+        t.fault(
+            "acknowledge",
+            "a majority of two required locations is both of them: commits wait when one is down",
+            "write \"all\" if that is meant, \"any\" if one may be down, or add a third location",
+        );
+    }
     let flush_interval = t.duration("flush-interval").unwrap_or(Duration::from_secs(5));
     if !(Duration::from_millis(100)..=Duration::from_secs(3600)).contains(&flush_interval) {
         t.fault("flush-interval", "out of range", "choose from \"100ms\" to \"1h\"");

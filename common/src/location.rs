@@ -3,9 +3,14 @@
 //! Everything that is stored goes through here, and so does everything that is read.
 //!
 //! ```text
-//! location.rs        settings, open, names and limits
+//! location.rs        open, names and limits
+//! location/settings  what the config says
 //! location/url       the URL, taken apart
-//! location/s3        S3 clients, their timeouts and retries
+//! location/cloud     what the clients of object stores have in common: timeouts and retries
+//! location/s3        S3, and its shared credentials files in location/profile
+//! location/gcs       Google Cloud Storage
+//! location/azure     Azure Blob Storage
+//! location/connector HTTP connections: TLS, certificates, proxy
 //! location/disk      what a folder needs: no root made by accident, directory entries synced
 //! location/put       create-if-absent, and finding out what became of a write
 //! location/get       whole objects, ranges, sizes
@@ -19,27 +24,36 @@
 //! crash leaves the object there whole, or not at all; in a folder it may also leave `<name>#<n>`,
 //! a copy that was not yet published and that no listing shows.
 
+mod azure;
+mod cloud;
 #[cfg(any(test, feature = "testing"))]
 pub mod conformance;
+mod connector;
 mod disk;
 mod fault;
+mod gcs;
 mod get;
 mod list;
 mod probe;
+mod profile;
 mod put;
 mod s3;
 mod secret;
+mod settings;
 mod url;
 
+pub use fault::is_overload;
 pub use list::Listed;
 pub use probe::Probe;
 pub use put::{Put, PutNew};
 pub use secret::Secret;
+pub use settings::{Encryption, LocationSettings, Role, TlsMin};
 
 use crate::error::{Context, Error, Kind, Result};
 use crate::id::LocationName;
 use crate::name::ObjectName;
 use bytes::Bytes;
+use cloud::Stores;
 use disk::Disk;
 use object_store::ObjectStore;
 use object_store::local::LocalFileSystem;
@@ -57,50 +71,6 @@ const REQUEST_TIMEOUT: Duration = Duration::from_secs(60);
 /// The least speed that a store is waited for, in bytes per second.
 const SPEED_MIN: u64 = 1_000_000;
 
-/// What the config says of a location.
-#[derive(Clone, Debug)]
-pub struct LocationSettings {
-    pub name: LocationName,
-    /// `s3://bucket/prefix` or `file:///folder`.
-    pub url: String,
-    /// Another S3 server than Amazon's, as an http or https URL.
-    pub endpoint: Option<String>,
-    pub region: Option<String>,
-    /// Without it, credentials come from the environment: variables, web identity, container,
-    /// instance.
-    pub access_key_id: Option<String>,
-    pub secret_access_key: Option<Secret>,
-    pub session_token: Option<Secret>,
-    /// PEM certificates to trust besides the system's.
-    pub ca_file: Option<PathBuf>,
-    /// Whether the endpoint may be without TLS.
-    pub allow_http: bool,
-    /// `https://endpoint/bucket/key` if true (the default), `https://bucket.endpoint/key` if false.
-    pub path_style: Option<bool>,
-    /// What each request gets, besides the time for its bytes at 1 MB/s. A connection that
-    /// is silent for half of it while answering is given up.
-    pub request_timeout: Duration,
-}
-
-impl LocationSettings {
-    /// A name and a URL, and the defaults for everything else.
-    pub fn new(name: LocationName, url: impl Into<String>) -> LocationSettings {
-        LocationSettings {
-            name,
-            url: url.into(),
-            endpoint: None,
-            region: None,
-            access_key_id: None,
-            secret_access_key: None,
-            session_token: None,
-            ca_file: None,
-            allow_http: false,
-            path_style: None,
-            request_timeout: REQUEST_TIMEOUT,
-        }
-    }
-}
-
 /// One object store that holds a complete copy. Clones share connections.
 ///
 /// Every future here may be dropped at any time. A write that is dropped may or may not have
@@ -109,14 +79,15 @@ impl LocationSettings {
 pub struct Location(Arc<Inner>);
 
 struct Inner {
-    name: LocationName,
-    url: String,
+    settings: LocationSettings,
+    /// `None` for a folder.
+    store: Option<url::Store>,
     /// Before every name: the URL's prefix, or a folder's whole path.
     prefix: Path,
     reads: Arc<dyn ObjectStore>,
     writes: Arc<dyn ObjectStore>,
     disk: Option<Disk>,
-    request_timeout: Duration,
+    turns: put::Turns,
 }
 
 impl Location {
@@ -124,17 +95,28 @@ impl Location {
     /// that is down opens like any other. Every fault is of kind `Config`.
     pub fn open(settings: &LocationSettings) -> Result<Location> {
         let open = || -> Result<Inner> {
+            if let Some((key, kinds)) = settings.misplaced() {
+                return Err(Error::new(Kind::Config, format!("{key} is for {kinds} locations"))
+                    .remedy("remove it, or correct the url"));
+            }
             Ok(match url::parse(&settings.url)? {
                 url::Place::Folder(root) => folder(settings, root)?,
-                url::Place::Bucket { bucket, prefix } => {
-                    let stores = s3::open(settings, &bucket, &prefix)?;
-                    let (reads, writes) = (Arc::new(stores.reads), Arc::new(stores.writes));
-                    Inner::new(settings, prefix, reads, writes, None)
+                url::Place::Bucket { store, bucket, prefix } => {
+                    if let Some(class) = &settings.storage_class {
+                        put::check_storage_class(store, class)?;
+                    }
+                    let stores = match store {
+                        url::Store::S3 => s3::open(settings, &bucket)?,
+                        url::Store::Google => gcs::open(settings, &bucket)?,
+                        url::Store::Azure => azure::open(settings, &bucket)?,
+                    };
+                    Inner::new(settings, Some(store), prefix, stores, None)
                 }
                 #[cfg(any(test, feature = "testing"))]
                 url::Place::Memory => {
                     let store = Arc::new(object_store::memory::InMemory::new());
-                    Inner::new(settings, Path::ROOT, store.clone(), store, None)
+                    let stores = Stores { reads: store.clone(), writes: store };
+                    Inner::new(settings, None, Path::ROOT, stores, None)
                 }
             })
         };
@@ -143,12 +125,26 @@ impl Location {
     }
 
     pub fn name(&self) -> &LocationName {
-        &self.0.name
+        &self.0.settings.name
     }
 
     /// The URL of the settings. It never holds a secret: `open` refuses one that does.
     pub fn url(&self) -> &str {
-        &self.0.url
+        &self.0.settings.url
+    }
+
+    pub fn role(&self) -> Role {
+        self.0.settings.role
+    }
+
+    /// True if acknowledgement counts it.
+    pub fn is_required(&self) -> bool {
+        self.0.settings.is_required()
+    }
+
+    /// True if the config declares that one agent only writes here.
+    pub fn has_single_writer(&self) -> bool {
+        self.0.settings.single_writer
     }
 
     /// For `init` only: makes a folder's root, durably. A bucket must be there already.
@@ -194,7 +190,7 @@ impl Location {
 
     /// How long one request may take that moves `size` bytes.
     fn patience(&self, size: u64) -> Duration {
-        self.0.request_timeout + transfer_time(size)
+        self.0.settings.request_timeout + transfer_time(size)
     }
 
     /// Runs `work` on a folder's disk, off the reactor; nothing where there is no folder.
@@ -214,20 +210,14 @@ impl Location {
 impl Inner {
     fn new(
         settings: &LocationSettings,
+        store: Option<url::Store>,
         prefix: Path,
-        reads: Arc<dyn ObjectStore>,
-        writes: Arc<dyn ObjectStore>,
+        stores: Stores,
         disk: Option<Disk>,
     ) -> Inner {
-        Inner {
-            name: settings.name.clone(),
-            url: settings.url.clone(),
-            prefix,
-            reads,
-            writes,
-            disk,
-            request_timeout: settings.request_timeout,
-        }
+        let Stores { reads, writes } = stores;
+        let turns = put::Turns::default();
+        Inner { settings: settings.clone(), store, prefix, reads, writes, disk, turns }
     }
 }
 
@@ -238,7 +228,8 @@ fn folder(settings: &LocationSettings, root: PathBuf) -> Result<Inner> {
             .remedy("use a path of printable UTF-8 characters")
     })?;
     let store = Arc::new(LocalFileSystem::new().with_fsync(true));
-    Ok(Inner::new(settings, prefix, store.clone(), store, Some(Disk::new(root))))
+    let stores = Stores { reads: store.clone(), writes: store };
+    Ok(Inner::new(settings, None, prefix, stores, Some(Disk::new(root))))
 }
 
 /// How long `size` bytes may take.

@@ -16,6 +16,7 @@
 //! | `refusals` | bad input: the thing, the reason, the remedy, the exit code |
 //! | `retention` | prune, pins, and restores beside them |
 //! | `tls` | logins over TLS |
+//! | `stores` | stores of all kinds, their roles, and what is refused of them |
 //! | `status` | what the running agent tells, and when it takes snapshots |
 
 mod base_backup;
@@ -33,5 +34,6 @@ mod s3;
 mod site;
 mod snapshots;
 mod status;
+mod stores;
 mod tidy;
 mod tls;

@@ -45,6 +45,8 @@ pub struct Options {
     /// Keep objects here instead of in memory.
     pub dir: Option<PathBuf>,
     pub tls: Option<Tls>,
+    /// Speaks no newer TLS than 1.2.
+    pub tls_is_old: bool,
 }
 
 /// A certificate chain and its key, in PEM; and the authority that clients are to trust.
@@ -62,6 +64,7 @@ impl Default for Options {
             buckets: vec![BUCKET.to_string()],
             dir: None,
             tls: None,
+            tls_is_old: false,
         }
     }
 }
@@ -93,9 +96,14 @@ impl Bucket {
 
     /// The same over TLS, with a certificate authority made for it, which `settings` names.
     pub fn start_tls() -> Bucket {
+        Bucket::start_tls_with(Options::default())
+    }
+
+    /// The same, with other options besides.
+    pub fn start_tls_with(options: Options) -> Bucket {
         let folder = tempfile::tempdir().expect("there is a temporary folder");
         let tls = server::certificates(folder.path()).expect("certificates are made");
-        let mut bucket = Bucket::with(Options { tls: Some(tls), ..Options::default() })
+        let mut bucket = Bucket::with(Options { tls: Some(tls), ..options })
             .expect("a server on loopback starts");
         bucket._certificates = Some(folder);
         bucket

@@ -9,6 +9,7 @@
 pub mod bucket;
 pub mod certificate;
 pub mod checks;
+pub mod gcs;
 pub mod ledger;
 pub mod major;
 pub mod postgres;

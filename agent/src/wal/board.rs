@@ -58,10 +58,12 @@ pub struct Health {
 }
 
 impl Board {
-    pub fn new(locations: usize, policy: Acknowledge) -> Board {
+    /// For locations that are required or not, in the order of the config.
+    pub fn new(required: Vec<bool>, policy: Acknowledge) -> Board {
+        let locations = required.len();
         let state = State {
-            frontier: Frontier::new(locations, Lsn::INVALID, Lsn::INVALID),
-            shelf: Shelf::new(locations),
+            frontier: Frontier::new(required.clone(), Lsn::INVALID, Lsn::INVALID),
+            shelf: Shelf::new(required),
             lines: BTreeMap::new(),
             current: 0,
             server: Server::default(),

@@ -31,6 +31,8 @@ pub struct Joinable {
     origin: Bytes,
     /// How far the location has it.
     pub frontier: Lsn,
+    /// Whether the location is.
+    pub is_required: bool,
 }
 
 /// Finds or makes the line's branch, unless it has one. Waits as long as no location answers.
@@ -100,7 +102,8 @@ async fn ask(
         let origin = location.get(name).await?;
         if agrees(path, location, name, &origin, beginnings).await? {
             let frontier = frontier(&names, *branch);
-            found.push(Joinable { branch: *branch, origin, frontier });
+            let is_required = location.is_required();
+            found.push(Joinable { branch: *branch, origin, frontier, is_required });
         }
     }
     Ok(found)

@@ -14,6 +14,8 @@ pub struct Frontier {
     spooled: Lsn,
     /// Per location, in the order of the config; 0/0 where it is not known yet.
     stored: Vec<Lsn>,
+    /// Per location: whether it counts for the policy.
+    required: Vec<bool>,
     acknowledged: Lsn,
     /// Below this nothing is acknowledged: what an earlier line had acknowledged is not taken back.
     floor: Lsn,
@@ -21,9 +23,9 @@ pub struct Frontier {
 
 impl Frontier {
     /// All before `spooled` is in the spool, fsynced.
-    pub fn new(locations: usize, spooled: Lsn, floor: Lsn) -> Frontier {
-        let stored = vec![Lsn::INVALID; locations];
-        Frontier { received: spooled, spooled, stored, acknowledged: Lsn::INVALID, floor }
+    pub fn new(required: Vec<bool>, spooled: Lsn, floor: Lsn) -> Frontier {
+        let stored = vec![Lsn::INVALID; required.len()];
+        Frontier { received: spooled, spooled, stored, required, acknowledged: Lsn::INVALID, floor }
     }
 
     /// What has come from the server, checked, and written to the spool.
@@ -73,12 +75,13 @@ impl Frontier {
         self.acknowledged
     }
 
-    /// What `policy` proves: the spool, or the position that so many locations have reached as it needs.
+    /// What `policy` proves: the spool, or the position that so many required locations have reached as it needs.
     fn proved(&self, policy: Acknowledge) -> Lsn {
-        match policy.needed(self.stored.len()) {
+        let counts = self.stored.iter().zip(&self.required).filter(|(_, required)| **required);
+        let mut stored: Vec<Lsn> = counts.map(|(stored, _)| *stored).collect();
+        match policy.needed(stored.len()) {
             0 => self.spooled,
             needed => {
-                let mut stored = self.stored.clone();
                 stored.sort_unstable_by(|a, b| b.cmp(a));
                 stored.get(needed - 1).copied().unwrap_or(Lsn::INVALID)
             }
@@ -127,7 +130,7 @@ mod tests {
 
     #[test]
     fn each_policy_waits_for_what_it_names() {
-        let mut frontier = Frontier::new(3, at(100), Lsn::INVALID);
+        let mut frontier = Frontier::new(vec![true; 3], at(100), Lsn::INVALID);
         frontier.receive(at(200));
         frontier.spool(at(150));
         frontier.store(0, at(190));
@@ -140,8 +143,23 @@ mod tests {
     }
 
     #[test]
+    fn a_best_effort_location_proves_nothing_and_delays_nothing() {
+        let mut frontier = Frontier::new(vec![false, true, true], at(100), Lsn::INVALID);
+        frontier.receive(at(200));
+        frontier.spool(at(150));
+        frontier.store(0, at(190));
+        frontier.store(1, at(170));
+        frontier.store(2, at(120));
+        for (policy, expected) in POLICIES.into_iter().zip([150, 170, 120, 120]) {
+            assert_eq!(frontier.clone().acknowledge(policy), at(expected), "{policy:?}");
+        }
+        frontier.store(0, Lsn::INVALID);
+        assert_eq!(frontier.acknowledge(Acknowledge::All), at(120));
+    }
+
+    #[test]
     fn a_location_that_is_not_known_yet_counts_as_empty() {
-        let mut frontier = Frontier::new(2, at(100), Lsn::INVALID);
+        let mut frontier = Frontier::new(vec![true; 2], at(100), Lsn::INVALID);
         frontier.receive(at(200));
         frontier.store(0, at(200));
         assert_eq!(frontier.clone().acknowledge(Acknowledge::Majority), Lsn::INVALID);
@@ -151,7 +169,7 @@ mod tests {
 
     #[test]
     fn a_new_line_says_nothing_below_its_floor() {
-        let mut frontier = Frontier::new(0, at(100), at(150));
+        let mut frontier = Frontier::new(vec![true; 0], at(100), at(150));
         assert_eq!(frontier.acknowledge(Acknowledge::Spool), Lsn::INVALID);
         frontier.receive(at(150));
         frontier.spool(at(150));
@@ -160,7 +178,7 @@ mod tests {
 
     #[test]
     fn a_retraction_takes_no_acknowledgement_back() {
-        let mut frontier = Frontier::new(0, at(100), Lsn::INVALID);
+        let mut frontier = Frontier::new(vec![true; 0], at(100), Lsn::INVALID);
         frontier.receive(at(200));
         frontier.spool(at(200));
         assert_eq!(frontier.acknowledge(Acknowledge::Spool), at(200));
@@ -174,9 +192,12 @@ mod tests {
         fn acknowledged_never_goes_back_nor_beyond_the_proof(
             steps in proptest::collection::vec((0u8..5, 0usize..3, 0u64..1000), 1..200),
             policy in 0usize..4,
+            required in proptest::collection::vec(proptest::bool::ANY, 2),
         ) {
             let policy = POLICIES[policy];
-            let mut frontier = Frontier::new(3, at(1), Lsn::INVALID);
+            let required = [&[true][..], &required].concat();
+            let counts: Vec<usize> = (0..3).filter(|&l| required[l]).collect();
+            let mut frontier = Frontier::new(required, at(1), Lsn::INVALID);
             let mut before = Lsn::INVALID;
             for (step, location, to) in steps {
                 match step {
@@ -187,12 +208,12 @@ mod tests {
                     _ => {}
                 }
                 prop_assert!(frontier.spooled() <= frontier.received());
-                let proved = (0..3).filter(|&l| frontier.stored(l) > before).count();
                 let now = frontier.acknowledge(policy);
+                let proved = counts.iter().filter(|&&l| frontier.stored(l) >= now).count();
                 prop_assert!(now >= before);
                 if now > before {
                     prop_assert!(now <= frontier.received());
-                    prop_assert!(proved >= policy.needed(3));
+                    prop_assert!(proved >= policy.needed(counts.len()));
                     prop_assert!(policy != Acknowledge::Spool || now <= frontier.spooled());
                 }
                 before = now;

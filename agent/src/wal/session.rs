@@ -283,7 +283,8 @@ impl Session {
         let beginnings = self.beginnings(connection, identity.timeline).await?;
         let held = self.held_from(identity.flush).await?;
         let answers = branch::ask_all(&self.path, &beginnings).await;
-        let frontiers = answers.iter().flatten().map(|found| found.frontier);
+        let required = answers.iter().flatten().filter(|found| found.is_required);
+        let frontiers = required.map(|found| found.frontier);
         let least = frontiers.filter(|lsn| lsn.is_valid()).min();
         let from = least.unwrap_or(held).min(identity.flush);
         let begin = self.path.context.segment_size.start_of(from);

@@ -75,23 +75,49 @@ struct Entry {
 }
 
 impl Entry {
-    fn is_done(&self) -> bool {
-        self.places.iter().all(|p| matches!(p, Place::Stored | Place::Superseded))
+    fn is_done_at(&self, location: usize) -> bool {
+        matches!(self.places[location], Place::Stored | Place::Superseded)
     }
+}
+
+/// Whose progress decides what may be forgotten here.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Patience {
+    /// Every location's: there is room enough.
+    WithAll,
+    /// The required locations' only. Another one gets what it missed by copying, later.
+    WithRequired,
 }
 
 /// Everything that is sealed and not yet forgotten.
 #[derive(Debug)]
 pub struct Shelf {
-    locations: usize,
+    /// By location: whether it is required.
+    required: Vec<bool>,
     entries: BTreeMap<Key, Entry>,
     /// What each location holds of each line, once it has been listed.
     coverage: HashMap<(usize, u32), Coverage>,
 }
 
 impl Shelf {
-    pub fn new(locations: usize) -> Shelf {
-        Shelf { locations, entries: BTreeMap::new(), coverage: HashMap::new() }
+    pub fn new(required: Vec<bool>) -> Shelf {
+        Shelf { required, entries: BTreeMap::new(), coverage: HashMap::new() }
+    }
+
+    /// The locations that are waited for.
+    pub fn waited_for(&self, patience: Patience) -> impl Iterator<Item = usize> {
+        let counts = move |required: &bool| *required || patience == Patience::WithAll;
+        self.required
+            .iter()
+            .enumerate()
+            .filter(move |(_, required)| counts(required))
+            .map(|(l, _)| l)
+    }
+
+    /// True if all that are waited for have it, and it is on its way to nobody.
+    fn is_done(&self, entry: &Entry, patience: Patience) -> bool {
+        self.waited_for(patience).all(|l| entry.is_done_at(l))
+            && !entry.places.contains(&Place::Sending)
     }
 
     /// A sealed object for every location. Pieces that it covers are not sent any more.
@@ -103,8 +129,8 @@ impl Shelf {
                 waiting.for_each(|place| *place = Place::Superseded);
             }
         }
-        let places = vec![Place::Waiting; self.locations];
-        let doubts = vec![false; self.locations];
+        let places = vec![Place::Waiting; self.required.len()];
+        let doubts = vec![false; self.required.len()];
         self.entries.insert(item.key(), Entry { item, places, doubts });
     }
 
@@ -213,10 +239,10 @@ impl Shelf {
         self.coverage.get(&(location, line)).map_or(Lsn::INVALID, Coverage::end)
     }
 
-    /// Takes off the shelf what every location has: objects of `line` that end at or before `until`, and pieces for which
+    /// Takes off the shelf what every location that is waited for has: objects of `line` that end at or before `until`, and pieces for which
     /// a longer object is there. A piece stays while a location that has it lacks the longer object, or else
-    /// nobody would remember to delete it there.
-    pub fn retire(&mut self, line: u32, until: Lsn) -> Vec<Arc<Item>> {
+    /// nobody would remember to delete it there. A location that was not waited for must be listed again.
+    pub fn retire(&mut self, line: u32, until: Lsn, patience: Patience) -> Vec<Arc<Item>> {
         let entries: Vec<&Entry> = self.entries.values().filter(|e| e.item.line == line).collect();
         let over = |e: &Entry| {
             let mut longer =
@@ -227,18 +253,24 @@ impl Shelf {
                     let longer: Vec<_> = longer.collect();
                     let is_there = |l: usize| longer.iter().any(|o| o.places[l] == Place::Stored);
                     let is_absent = |l: usize| e.places[l] == Place::Superseded && !e.doubts[l];
-                    (0..self.locations).all(|l| is_absent(l) || is_there(l))
+                    (0..self.required.len()).all(|l| is_absent(l) || is_there(l))
                 }
             }
         };
-        let gone: Vec<Key> =
-            entries.iter().filter(|e| e.is_done() && over(e)).map(|e| e.item.key()).collect();
-        gone.iter().filter_map(|key| self.entries.remove(key)).map(|e| e.item).collect()
+        let gone = entries.iter().filter(|e| self.is_done(e, patience) && over(e));
+        let gone: Vec<Key> = gone.map(|e| e.item.key()).collect();
+        let gone: Vec<Entry> = gone.iter().filter_map(|key| self.entries.remove(key)).collect();
+        for entry in &gone {
+            let missed = (0..self.required.len()).filter(|&l| !entry.is_done_at(l));
+            missed.for_each(|location| drop(self.coverage.remove(&(location, line))));
+        }
+        gone.into_iter().map(|entry| entry.item).collect()
     }
 
-    /// True if every location has all that is on the shelf of `line`.
-    pub fn is_done(&self, line: u32) -> bool {
-        self.entries.values().filter(|e| e.item.line == line).all(Entry::is_done)
+    /// True if every location that is waited for has all that is on the shelf of `line`.
+    pub fn is_line_done(&self, line: u32, patience: Patience) -> bool {
+        let mut entries = self.entries.values().filter(|e| e.item.line == line);
+        entries.all(|entry| self.is_done(entry, patience))
     }
 
     /// What has been sealed of `line`.
@@ -266,6 +298,7 @@ impl Shelf {
 
 #[cfg(test)]
 mod tests {
+    use super::Patience::{WithAll, WithRequired};
     use super::*;
 
     const MIB: u64 = 1 << 20;
@@ -284,7 +317,7 @@ mod tests {
     }
 
     fn listed(locations: usize) -> Shelf {
-        let mut shelf = Shelf::new(locations);
+        let mut shelf = Shelf::new(vec![true; locations]);
         (0..locations).for_each(|l| shelf.listed(l, 0, Lsn::new(16 * MIB), &[]));
         shelf
     }
@@ -306,7 +339,7 @@ mod tests {
 
     #[test]
     fn nothing_is_sent_to_a_location_that_was_not_listed() {
-        let mut shelf = Shelf::new(1);
+        let mut shelf = Shelf::new(vec![true]);
         shelf.add(item(0, 16, 32));
         assert!(shelf.next(0).is_none());
         assert_eq!(shelf.frontier(0, 0), Lsn::INVALID);
@@ -316,7 +349,7 @@ mod tests {
 
     #[test]
     fn after_a_restart_only_what_is_missing_is_sent() {
-        let mut shelf = Shelf::new(1);
+        let mut shelf = Shelf::new(vec![true]);
         let (there, piece, missing) = (item(0, 16, 32), item(0, 32, 34), item(0, 48, 64));
         let span = (LsnRange::new(Lsn::new(32 * MIB), Lsn::new(48 * MIB)), ObjectId::random());
         [&there, &piece, &missing].into_iter().for_each(|i| shelf.add(i.clone()));
@@ -340,9 +373,9 @@ mod tests {
         assert_eq!(shelf.next(1).unwrap().id, span.id);
         assert_eq!(shelf.sent(0, &span), vec![early.name()]);
         assert!(shelf.sent(1, &span).is_empty());
-        let gone: Vec<_> = shelf.retire(0, Lsn::INVALID).iter().map(|i| i.id).collect();
+        let gone: Vec<_> = shelf.retire(0, Lsn::INVALID, WithAll).iter().map(|i| i.id).collect();
         assert_eq!(gone, vec![early.id, late.id], "the span waits for the spool");
-        assert_eq!(shelf.retire(0, span.range.end).len(), 1);
+        assert_eq!(shelf.retire(0, span.range.end, WithAll).len(), 1);
     }
 
     #[test]
@@ -356,9 +389,9 @@ mod tests {
         }
         shelf.add(span.clone());
         assert_eq!(shelf.sent(0, &span), vec![piece.name()]);
-        assert!(shelf.retire(0, span.range.end).is_empty(), "the second location lags");
+        assert!(shelf.retire(0, span.range.end, WithAll).is_empty(), "the second location lags");
         assert_eq!(shelf.sent(1, &span), vec![piece.name()]);
-        assert_eq!(shelf.retire(0, span.range.end).len(), 2);
+        assert_eq!(shelf.retire(0, span.range.end, WithAll).len(), 2);
     }
 
     #[test]
@@ -382,7 +415,7 @@ mod tests {
                 }
             }
             assert_eq!(gone, vec![piece.name()], "{failed_after}");
-            assert_eq!(shelf.retire(0, span.range.end).len(), 2);
+            assert_eq!(shelf.retire(0, span.range.end, WithAll).len(), 2);
         }
     }
 
@@ -420,6 +453,34 @@ mod tests {
         assert_eq!(shelf.frontier(0, 1), Lsn::INVALID);
         shelf.sent(0, &old);
         assert_eq!(shelf.frontier(0, 1), Lsn::new(32 * MIB));
-        assert!(shelf.is_done(0) && shelf.is_done(1));
+        assert!(shelf.is_line_done(0, WithAll) && shelf.is_line_done(1, WithAll));
+    }
+
+    #[test]
+    fn a_best_effort_location_is_waited_for_only_while_there_is_room() {
+        let mut shelf = Shelf::new(vec![true, false]);
+        (0..2).for_each(|l| shelf.listed(l, 0, Lsn::new(16 * MIB), &[]));
+        shelf.add(item(0, 16, 32));
+        let sent = shelf.next(0).unwrap();
+        shelf.sent(0, &sent);
+        let until = Lsn::new(32 * MIB);
+        assert_eq!(shelf.retire(0, until, WithAll), []);
+        assert!(!shelf.is_line_done(0, WithAll) && shelf.is_line_done(0, WithRequired));
+        let on_its_way = shelf.next(1).unwrap();
+        assert_eq!(shelf.retire(0, until, WithRequired), [], "it is being sent");
+        shelf.failed(1, &on_its_way);
+        assert_eq!(shelf.retire(0, until, WithRequired).len(), 1);
+        assert!(shelf.is_listed(0, 0));
+        assert!(!shelf.is_listed(1, 0), "what it missed is found by listing it again");
+        assert_eq!(shelf.frontier(1, 0), Lsn::INVALID);
+    }
+
+    #[test]
+    fn a_required_location_is_always_waited_for() {
+        let mut shelf = listed(2);
+        shelf.add(item(0, 16, 32));
+        let sent = shelf.next(0).unwrap();
+        shelf.sent(0, &sent);
+        assert_eq!(shelf.retire(0, Lsn::new(32 * MIB), WithRequired), []);
     }
 }

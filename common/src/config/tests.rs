@@ -17,7 +17,7 @@ name = "attic"
 url  = "file:///srv/backups/orders"
 
 [durability]
-acknowledge    = "majority"
+acknowledge    = "all"
 flush-interval = "2s"
 
 [snapshot]
@@ -41,7 +41,7 @@ fn the_example_is_read() {
     assert_eq!(settings.cluster.as_str(), "orders");
     assert_eq!(settings.postgres.slot, "backstay_db1_example");
     assert_eq!(settings.locations.len(), 2);
-    assert_eq!(settings.durability.acknowledge, Acknowledge::Majority);
+    assert_eq!(settings.durability.acknowledge, Acknowledge::All);
     assert_eq!(settings.retention.window, Duration::from_secs(30 * 86_400));
     assert_eq!(settings.spool.bytes_max, 16 << 30);
 }
@@ -135,4 +135,93 @@ fn secrets_do_not_show() {
         "name = \"frankfurt\"\naccess-key-id = \"AKIA\"\nsecret-access-key = \"hunter2\"",
     );
     assert!(!format!("{:?}", parse(&text).unwrap()).contains("hunter2"));
+}
+
+/// Faults of a config whose locations are these tables.
+fn faults_of(locations: &str, acknowledge: &str) -> Vec<String> {
+    let text = format!(
+        "cluster = \"a\"\n{locations}[durability]\nacknowledge = \"{acknowledge}\"\n[keys]\npath = \"/k\"\n"
+    );
+    parse(&text).err().unwrap_or_default()
+}
+
+fn folder(name: &str, role: &str) -> String {
+    format!("[[location]]\nname = \"{name}\"\nurl = \"file:///{name}\"\nrole = \"{role}\"\n")
+}
+
+#[test]
+fn a_majority_of_two_is_refused_unless_it_is_called_all() {
+    let two = folder("a", "required") + &folder("b", "required");
+    let faults = faults_of(&two, "majority");
+    assert!(faults.len() == 1 && faults[0].starts_with("line 11: "), "{faults:?}");
+    assert!(faults[0].contains("write \"all\""), "{faults:?}");
+    // A third one that does not count changes nothing.
+    assert_eq!(faults_of(&(two.clone() + &folder("c", "best-effort")), "majority").len(), 1);
+    assert_eq!(faults_of(&(two.clone() + &folder("c", "required")), "majority"), [""; 0]);
+    for policy in ["all", "any", "spool"] {
+        assert_eq!(faults_of(&two, policy), [""; 0]);
+    }
+}
+
+#[test]
+fn one_location_at_least_is_required() {
+    let faults = faults_of(&folder("a", "best-effort"), "any");
+    assert!(faults.len() == 1 && faults[0].contains("every location is best-effort"), "{faults:?}");
+    let both = folder("a", "best-effort") + &folder("b", "required");
+    assert_eq!(faults_of(&both, "any"), [""; 0]);
+}
+
+#[test]
+fn what_a_location_says_is_read() {
+    let text = EXAMPLE.replace(
+        "url  = \"s3://acme-backups-eu/orders\"",
+        "url = \"s3://acme-backups-eu/orders\"\nrole = \"best-effort\"\nencryption = \"sse-kms\"\n\
+         kms-key-id = \"alias/b\"\nstorage-class = \"STANDARD_IA\"\ntls-min = \"1.3\"\n\
+         proxy = \"http://me:hunter2@proxy:3128\"\nsingle-writer = true\npath-style = false\n\
+         endpoint = \"https://acme-backups-eu.s3.example.com\"",
+    );
+    let settings = parse(&text).unwrap();
+    let location = &settings.locations[0];
+    assert_eq!((location.role, location.tls_min), (Role::BestEffort, TlsMin::Tls13));
+    assert_eq!(location.encryption, Some(Encryption::Kms(Some("alias/b".into()))));
+    assert_eq!(location.storage_class.as_deref(), Some("STANDARD_IA"));
+    assert!(location.single_writer && location.path_style == Some(false));
+    assert_eq!(settings.required_locations(), 1);
+    assert!(!format!("{settings:?}").contains("hunter2"));
+}
+
+#[test]
+fn keys_of_another_kind_of_store_are_refused_by_name_and_line() {
+    let cases = [
+        ("file:///a", "proxy = \"http://p\"", "proxy: it is for s3://, gs:// and az:// locations"),
+        ("gs://acme/a", "region = \"eu\"", "region: it is for s3:// locations"),
+        ("s3://acme/a", "account = \"acme\"", "account: it is for az:// locations"),
+        ("az://acme/a", "credentials-file = \"/k.json\"", "credentials-file: it is for gs://"),
+        ("s3://acme/a", "tls-min = \"1.1\"", "choose from: 1.2, 1.3"),
+        ("s3://acme/a", "kms-key-id = \"k\"", "add: encryption = \"sse-kms\""),
+        ("s3://acme/a", "encryption = \"aes\"", "choose from: sse-s3, sse-kms"),
+        ("s3://acme/a", "storage-class = \"DEEP_ARCHIVE\"", "cannot be read at once"),
+        (
+            "az://acme/a",
+            "account = \"acme\"\nstorage-class = \"Archive\"",
+            "cannot be read at once",
+        ),
+        ("s3://acme/a", "proxy = \"socks://me:hunter2@p\"", "proxy: not an http or https URL"),
+        ("s3://acme/a", "role = \"optional\"", "choose from: required, best-effort"),
+        (
+            "gs://acme/a",
+            "credentials-file = \"/nonexistent.json\"",
+            "credentials file /nonexistent.json",
+        ),
+    ];
+    for (url, key, word) in cases {
+        let table = format!("[[location]]\nname = \"a\"\nurl = \"{url}\"\n{key}\n");
+        let faults = faults_of(&table, "any");
+        assert!(faults.len() == 1 && faults[0].contains(word), "{key}: {faults:?}");
+        assert!(
+            faults[0].starts_with("line 4: ") || faults[0].starts_with("line 5: "),
+            "{faults:?}"
+        );
+        assert!(!faults[0].contains("hunter2"), "{faults:?}");
+    }
 }

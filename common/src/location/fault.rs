@@ -2,34 +2,88 @@
 
 use super::Location;
 use super::disk;
+use super::url::Store;
 use crate::error::{Error, Kind};
 use object_store::Error as StoreError;
 use std::error::Error as StdError;
 use std::io;
 
-/// What a store's own words call for, by a mark that they contain. The first that matches counts.
-const REMEDIES: [(&str, &str); 15] = [
-    ("NoSuchBucket", "create the bucket, or correct the location's url"),
-    ("InvalidAccessKeyId", CREDENTIALS),
-    ("SignatureDoesNotMatch", CREDENTIALS),
-    ("ExpiredToken", CREDENTIALS),
-    ("InvalidToken", CREDENTIALS),
-    ("NotSignedUp", CREDENTIALS),
-    ("AccessDenied", PERMISSIONS),
-    ("RequestTimeTooSkewed", "set this host's clock"),
-    ("UnknownIssuer", "name the file with the certificate authority's certificate as ca-file"),
-    ("certificate", "correct the endpoint, or the server's certificate"),
-    ("redirect", "set region to the bucket's region"),
-    ("169.254.169.254", CREDENTIALS),
-    ("SlowDown", "the store is overloaded: it is tried again"),
-    ("dns error", "correct the endpoint or region, or look at this host's name resolution"),
-    ("onnect", "see that the endpoint is right and can be reached from this host"),
+/// What a store's own words call for.
+#[derive(Clone, Copy)]
+enum Remedy {
+    Say(&'static str),
+    Credentials,
+    Permissions,
+}
+
+use Remedy::{Credentials, Permissions, Say};
+
+/// By a mark that the words contain. The first that matches counts.
+const REMEDIES: [(&str, Remedy); 31] = [
+    ("NoSuchBucket", Say("create the bucket, or correct the location's url")),
+    ("ContainerNotFound", Say("create the container, or correct the location's url")),
+    ("InvalidAccessKeyId", Credentials),
+    ("SignatureDoesNotMatch", Credentials),
+    ("ExpiredToken", Credentials),
+    ("InvalidToken", Credentials),
+    ("NotSignedUp", Credentials),
+    ("AuthenticationFailed", Credentials),
+    ("AuthenticationRequired", Credentials),
+    ("NoAuthenticationInformation", Credentials),
+    ("invalid_grant", Credentials),
+    ("invalid_client", Credentials),
+    ("failed to authenticate", Credentials),
+    ("AccessDenied", Permissions),
+    ("AuthorizationPermissionMismatch", Permissions),
+    ("AuthorizationFailure", Permissions),
+    ("RequestTimeTooSkewed", Say("set this host's clock")),
+    (
+        "ProtocolVersion",
+        Say("the server does not speak TLS as new as tls-min: renew its TLS, or lower tls-min"),
+    ),
+    ("UnknownIssuer", Say("name the file with the certificate authority's certificate as ca-file")),
+    ("certificate", Say("correct the endpoint, or the server's certificate")),
+    ("redirect", Say("set region to the bucket's region")),
+    ("169.254.169.254", Credentials),
+    ("metadata.google.internal", Credentials),
+    ("SlowDown", Say(OVERLOADED)),
+    ("ServerBusy", Say(OVERLOADED)),
+    ("TooManyRequests", Say(OVERLOADED)),
+    ("status code: 429", Say(OVERLOADED)),
+    ("status code: 503", Say(OVERLOADED)),
+    ("dns error", Say("correct the endpoint or region, or look at this host's name resolution")),
+    ("profile", Say("correct the profile in Amazon's shared files")),
+    ("onnect", Say("see that the endpoint is right and can be reached from this host")),
 ];
 
-const CREDENTIALS: &str = "give access-key-id and secret-access-key, or AWS_ACCESS_KEY_ID and \
-    AWS_SECRET_ACCESS_KEY, or run where the platform gives an identity";
+const OVERLOADED: &str = "the store is overloaded: it is tried again";
 const PERMISSIONS: &str = "allow this identity to list the bucket, and to get and put objects \
     under the prefix";
+
+/// True if a store said that it has too much to do: the same may succeed soon.
+pub fn is_overload(error: &Error) -> bool {
+    error.remedy_text() == Some(OVERLOADED)
+}
+
+impl Store {
+    fn credentials(self) -> &'static str {
+        match self {
+            Store::S3 => {
+                "give access-key-id and secret-access-key, or AWS_ACCESS_KEY_ID and \
+                 AWS_SECRET_ACCESS_KEY, or a profile, or run where the platform gives an identity"
+            }
+            Store::Google => {
+                "give credentials-file, or GOOGLE_APPLICATION_CREDENTIALS, or run where the \
+                 platform gives an identity"
+            }
+            Store::Azure => {
+                "give account-key or sas-token, or AZURE_STORAGE_KEY, or run where the platform \
+                 gives an identity"
+            }
+        }
+    }
+}
+
 /// Enough for any server's reason, and not for a web page.
 const REASON_CHARS_MAX: usize = 400;
 
@@ -39,7 +93,7 @@ impl Location {
         let reason = reason(error);
         let said = |kind, what: &str| Error::new(kind, self.say(doing, path, what));
         match error {
-            StoreError::NotFound { .. } if !reason.contains("NoSuchBucket") => {
+            StoreError::NotFound { .. } if !is_about_bucket(&reason) => {
                 said(Kind::Missing, &format!("no such object in {}", self.url()))
             }
             _ => match self.remedy(error, &reason) {
@@ -50,9 +104,9 @@ impl Location {
     }
 
     fn remedy(&self, error: &StoreError, reason: &str) -> Option<&'static str> {
-        match self.0.disk {
-            Some(_) => remedy_on_disk(error),
-            None => remedy_by_words(error, reason),
+        match self.0.store {
+            None => remedy_on_disk(error),
+            Some(store) => remedy_by_words(store, error, reason),
         }
     }
 
@@ -65,10 +119,14 @@ impl Location {
     }
 }
 
+fn is_about_bucket(reason: &str) -> bool {
+    reason.contains("NoSuchBucket") || reason.contains("ContainerNotFound")
+}
+
 /// A store that cannot even be set up.
 pub(super) fn config(doing: &str, url: &str, error: &StoreError) -> Error {
     Error::new(Kind::Config, format!("{doing} {url}: {}", reason(error)))
-        .remedy("correct the location's settings, or the AWS_ variables of the environment")
+        .remedy("correct the location's settings, or the store's variables in the environment")
 }
 
 /// Whether a write that failed so cannot have reached the store, nor will the next.
@@ -84,12 +142,17 @@ pub(super) fn is_refusal(error: &StoreError) -> bool {
     )
 }
 
-fn remedy_by_words(error: &StoreError, reason: &str) -> Option<&'static str> {
+fn remedy_by_words(store: Store, error: &StoreError, reason: &str) -> Option<&'static str> {
     let by_mark = REMEDIES.iter().find(|(mark, _)| reason.contains(mark)).map(|(_, to)| *to);
-    by_mark.or(match error {
-        StoreError::PermissionDenied { .. } => Some(PERMISSIONS),
-        StoreError::Unauthenticated { .. } => Some(CREDENTIALS),
+    let remedy = by_mark.or(match error {
+        StoreError::PermissionDenied { .. } => Some(Permissions),
+        StoreError::Unauthenticated { .. } => Some(Credentials),
         _ => None,
+    });
+    remedy.map(|remedy| match remedy {
+        Say(text) => text,
+        Permissions => PERMISSIONS,
+        Credentials => store.credentials(),
     })
 }
 
@@ -97,7 +160,7 @@ fn remedy_on_disk(error: &StoreError) -> Option<&'static str> {
     chain(error).find_map(|source| source.downcast_ref::<io::Error>()).and_then(disk::remedy)
 }
 
-/// The error and its sources in one line; of an S3 answer, only its code and message.
+/// The error and its sources in one line; of an answer in XML, only its code and message.
 fn reason(error: &StoreError) -> String {
     let mut text = String::new();
     for source in chain(error) {

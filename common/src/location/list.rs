@@ -33,6 +33,20 @@ impl Location {
     }
 
     async fn listing(&self, folder: &str, after: Option<&str>) -> Result<Vec<Listed>> {
+        let mut listed = self.raw_listing(folder, after).await?;
+        // A file system, unlike a bucket, lists in no order, and some stores take the offset for a
+        // hint.
+        listed.retain(|object| after.is_none_or(|after| object.path.as_str() > after));
+        listed.sort_unstable_by(|a, b| a.path.cmp(&b.path));
+        Ok(listed)
+    }
+
+    /// As the store gives it.
+    pub(super) async fn raw_listing(
+        &self,
+        folder: &str,
+        after: Option<&str>,
+    ) -> Result<Vec<Listed>> {
         self.on_disk(|disk| disk.check()).await?;
         let at = self.at(folder)?;
         let prefix = (!at.as_ref().is_empty()).then_some(&at);
@@ -42,13 +56,7 @@ impl Location {
         };
         let fault = |e: StoreError| self.fault("list", folder, &e);
         let found: Vec<ObjectMeta> = found.try_collect().await.map_err(fault)?;
-        let mut listed: Vec<Listed> =
-            found.into_iter().map(|meta| self.listed(&meta)).collect::<Result<_>>()?;
-        // A file system, unlike a bucket, lists in no order, and some stores take the offset for a
-        // hint.
-        listed.retain(|object| after.is_none_or(|after| object.path.as_str() > after));
-        listed.sort_unstable_by(|a, b| a.path.cmp(&b.path));
-        Ok(listed)
+        found.into_iter().map(|meta| self.listed(&meta)).collect()
     }
 
     fn listed(&self, meta: &ObjectMeta) -> Result<Listed> {

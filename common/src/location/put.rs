@@ -4,16 +4,23 @@
 //! and one that hangs answers nothing: only the object itself says whose write it was. So after
 //! "exists", and after any failure that may have come too late, the object is looked at: equal
 //! means done, absent means try again, and other bytes under the name are never taken for ours.
+//!
+//! A store that ignores conditions gets one writer only, and is looked at before each write as well. Within
+//! this process writers of one name take turns there.
 
+use super::connector::{Crc32c, Instead};
+use super::url::Store;
 use super::{Location, OBJECT_BYTES_MAX, fault};
 use crate::error::{Context, Error, Kind, Result};
 use crate::id::random_bytes;
 use crate::name::ObjectName;
 use bytes::Bytes;
 use object_store::path::Path;
-use object_store::{Error as StoreError, ObjectStore, PutMode, PutOptions};
+use object_store::{Attribute, Error as StoreError, ObjectStore, PutMode, PutOptions};
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::PathBuf;
 use std::time::Duration;
+use tokio::sync::{Mutex, MutexGuard};
 
 /// Writes of one `put`, with growing pauses between them.
 const ATTEMPTS: u32 = 4;
@@ -23,6 +30,8 @@ const PAUSE_FIRST: Duration = Duration::from_millis(200);
 const COMPARED_WHOLE_MAX: u64 = 1 << 20;
 /// The header of a sealed object is shorter.
 const HEAD_BYTES: u64 = 4096;
+/// Smaller objects cost more in the classes that bill a least size, and are wanted soon and often.
+const CLASSED_BYTES_MIN: usize = 128 << 10;
 /// The length of the footer, and the BLAKE3 hash of all that precedes.
 const TRAIL_BYTES: u64 = 4 + 32;
 
@@ -44,6 +53,45 @@ pub enum PutNew {
     Present,
     /// It holds other bytes: somebody else was first.
     Conflict,
+}
+
+/// Turns of the writers of one process, by name: few enough to be cheap, and enough not to be in each other's way.
+pub(super) struct Turns([Mutex<()>; 64]);
+
+impl Default for Turns {
+    fn default() -> Turns {
+        Turns(std::array::from_fn(|_| Mutex::default()))
+    }
+}
+
+impl Turns {
+    async fn take(&self, path: &str) -> MutexGuard<'_, ()> {
+        let mut hasher = DefaultHasher::new();
+        path.hash(&mut hasher);
+        self.0[hasher.finish() as usize % self.0.len()].lock().await
+    }
+}
+
+/// Refuses a storage class whose objects must be asked for hours before they can be read.
+pub(super) fn check_storage_class(store: Store, class: &str) -> Result<()> {
+    let is_word = |b: u8| b.is_ascii_alphanumeric() || b"-_".contains(&b);
+    if class.is_empty() || !class.bytes().all(is_word) {
+        return Err(Error::new(Kind::Config, "storage-class is not the name of one")
+            .remedy("write for example \"STANDARD_IA\", \"NEARLINE\" or \"Cool\""));
+    }
+    let (offline, instead): (&[&str], _) = match store {
+        Store::S3 => (&["GLACIER", "DEEP_ARCHIVE"], "\"GLACIER_IR\" or \"STANDARD_IA\""),
+        Store::Azure => (&["ARCHIVE"], "\"Cold\" or \"Cool\""),
+        Store::Google => (&[], ""),
+    };
+    match offline.contains(&class.to_ascii_uppercase().as_str()) {
+        false => Ok(()),
+        true => Err(Error::new(
+            Kind::Config,
+            format!("storage-class {class}: what is in it cannot be read at once"),
+        )
+        .remedy(format!("choose one that can, such as {instead}"))),
+    }
 }
 
 enum Outcome {
@@ -118,12 +166,23 @@ impl Location {
         file: &std::path::Path,
         bytes: &Bytes,
     ) -> Result<Outcome> {
+        let _turn = match self.has_single_writer() {
+            true => Some(self.0.turns.take(path).await),
+            false => None,
+        };
+        if self.has_single_writer() {
+            match self.compare(path, bytes).await? {
+                Found::Equal => return Ok(Outcome::Equal),
+                Found::Different => return Ok(Outcome::Different),
+                Found::Absent => {}
+            }
+        }
         let mut last = None;
         for attempt in 0..ATTEMPTS {
             if attempt > 0 {
                 tokio::time::sleep(pause(attempt)).await;
             }
-            let failure = match self.create(path, at, bytes).await {
+            let failure = match self.create(at, bytes, self.mode()).await {
                 Answer::Created => return Ok(Outcome::Created),
                 Answer::Refused(error) => return Err(error),
                 Answer::Exists => None,
@@ -149,9 +208,28 @@ impl Location {
         }))
     }
 
+    /// Some stores that ignore conditions in silence have others beside them that refuse to know them.
+    fn mode(&self) -> PutMode {
+        match self.has_single_writer() {
+            true => PutMode::Overwrite,
+            false => PutMode::Create,
+        }
+    }
+
+    fn options(&self, bytes: &Bytes, mode: PutMode) -> PutOptions {
+        let mut options = PutOptions { mode, ..Default::default() };
+        let class = self.0.settings.storage_class.as_ref();
+        if let Some(class) = class.filter(|_| bytes.len() >= CLASSED_BYTES_MIN) {
+            options.attributes.insert(Attribute::StorageClass, class.clone().into());
+        }
+        options.extensions.insert(Crc32c(crc32c::crc32c(bytes)));
+        options
+    }
+
     /// One request.
-    async fn create(&self, path: &str, at: &Path, bytes: &Bytes) -> Answer {
-        let options = PutOptions { mode: PutMode::Create, ..Default::default() };
+    async fn create(&self, at: &Path, bytes: &Bytes, mode: PutMode) -> Answer {
+        let path = &self.relative(at);
+        let options = self.options(bytes, mode);
         let put = self.0.writes.put_opts(at, bytes.clone().into(), options);
         let limit = self.patience(bytes.len() as u64);
         let error = match tokio::time::timeout(limit, put).await {
@@ -196,11 +274,26 @@ impl Location {
 
     /// Whether the store refuses to write over `path`; for the probe.
     pub(super) async fn refuses_to_overwrite(&self, path: &str, bytes: Bytes) -> Result<bool> {
-        match self.create(path, &self.at(path)?, &bytes).await {
+        match self.create(&self.at(path)?, &bytes, PutMode::Create).await {
             Answer::Exists => Ok(true),
             Answer::Created => Ok(false),
             Answer::Unknown(error) | Answer::Refused(error) => Err(error),
         }
+    }
+
+    /// Whether the store refuses an object that was damaged on its way; for the probe. `None` where nothing is sent.
+    pub(super) async fn refuses_damage(&self, path: &str, bytes: Bytes) -> Result<Option<bool>> {
+        if self.0.store.is_none() {
+            return Ok(None);
+        }
+        let mut damaged = bytes.to_vec();
+        damaged.iter_mut().take(1).for_each(|byte| *byte ^= 1);
+        let mut options = self.options(&bytes, PutMode::Overwrite);
+        options.extensions.insert(Instead(damaged.into()));
+        let at = self.at(path)?;
+        // Any refusal will do. What counts is whether the object is there, for a store may check too late.
+        let _ = self.0.writes.put_opts(&at, bytes.into(), options).await;
+        Ok(Some(self.size_at(path).await?.is_none()))
     }
 
     /// `put` of what has no name of ours; for the probe.

@@ -10,14 +10,23 @@ use url::Url;
 pub(super) enum Place {
     /// `file:///folder`
     Folder(PathBuf),
-    /// `s3://bucket/prefix`
-    Bucket { bucket: String, prefix: Path },
+    /// `s3://bucket/prefix`, `gs://bucket/prefix`, `az://container/prefix`
+    Bucket { store: Store, bucket: String, prefix: Path },
     /// `memory:`, for tests: every one that is opened is its own.
     #[cfg(any(test, feature = "testing"))]
     Memory,
 }
 
-const FORMS: &str = "write it as s3://BUCKET/PREFIX or file:///FOLDER";
+/// Whose protocol a store speaks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Store {
+    S3,
+    Google,
+    Azure,
+}
+
+const FORMS: &str = "write it as s3://BUCKET/PREFIX, gs://BUCKET/PREFIX, az://CONTAINER/PREFIX or \
+    file:///FOLDER";
 
 /// Takes `text` apart. No message repeats user information that the URL might hold.
 pub(super) fn parse(text: &str) -> Result<Place> {
@@ -27,7 +36,7 @@ pub(super) fn parse(text: &str) -> Result<Place> {
     let url = Url::parse(text).map_err(|e| bad(format!("the URL cannot be read: {e}")))?;
     if !url.username().is_empty() || url.password().is_some() {
         return Err(bad("the URL holds a user name or password").remedy(
-            "take it out of the URL, and give access-key-id and secret-access-key instead",
+            "take it out of the URL, and give it in the key that is for it: access-key-id, account",
         ));
     }
     if url.query().is_some() || url.fragment().is_some() {
@@ -35,7 +44,9 @@ pub(super) fn parse(text: &str) -> Result<Place> {
     }
     match url.scheme() {
         "file" => folder(&url),
-        "s3" => bucket(&url),
+        "s3" => bucket(Store::S3, &url),
+        "gs" => bucket(Store::Google, &url),
+        "az" => bucket(Store::Azure, &url),
         #[cfg(any(test, feature = "testing"))]
         "memory" => Ok(Place::Memory),
         other => Err(bad(format!("{other}:// is not a kind of location")).remedy(FORMS)),
@@ -60,18 +71,27 @@ fn folder(url: &Url) -> Result<Place> {
     Ok(Place::Folder(path))
 }
 
-fn bucket(url: &Url) -> Result<Place> {
+fn bucket(store: Store, url: &Url) -> Result<Place> {
     let bucket = url.host_str().unwrap_or_default().to_string();
-    let allowed = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b"-._".contains(&b);
-    if url.port().is_some() || !(3..=63).contains(&bucket.len()) || !bucket.bytes().all(allowed) {
-        return Err(bad(format!("{bucket:?} is not the name of a bucket")).remedy(
-            "write s3://BUCKET/PREFIX, the bucket being 3 to 63 of a-z, 0-9, '-' and '.'; \
+    let (what, marks, length_max) = match store {
+        Store::S3 => ("bucket", "-._", 63),
+        Store::Google => ("bucket", "-._", 222),
+        Store::Azure => ("container", "-", 63),
+    };
+    let allowed =
+        |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || marks.as_bytes().contains(&b);
+    let is_name = (3..=length_max).contains(&bucket.len()) && bucket.bytes().all(allowed);
+    if url.port().is_some() || !is_name {
+        return Err(bad(format!("{bucket:?} is not the name of a {what}")).remedy(format!(
+            "write {}://{}/PREFIX, the {what} being 3 to {length_max} of a-z, 0-9 and {marks:?}; \
              another server is given as endpoint",
-        ));
+            url.scheme(),
+            what.to_uppercase()
+        )));
     }
     let prefix = Path::from_url_path(url.path())
         .map_err(|e| bad(format!("the URL's prefix cannot be used: {e}")).remedy(FORMS))?;
-    Ok(Place::Bucket { bucket, prefix })
+    Ok(Place::Bucket { store, bucket, prefix })
 }
 
 #[cfg(test)]
@@ -87,13 +107,16 @@ mod tests {
     #[test]
     fn the_usual_forms() {
         assert_eq!(parse("file:///srv/a%20b").unwrap(), Place::Folder("/srv/a b".into()));
-        let acme = |prefix: &str| Place::Bucket {
+        let acme = |store, prefix: &str| Place::Bucket {
+            store,
             bucket: "acme-eu".into(),
             prefix: Path::parse(prefix).unwrap(),
         };
-        assert_eq!(parse("s3://acme-eu/a/orders").unwrap(), acme("a/orders"));
-        assert_eq!(parse("s3://acme-eu/orders/").unwrap(), acme("orders"));
-        assert_eq!(parse("s3://acme-eu").unwrap(), acme(""));
+        assert_eq!(parse("s3://acme-eu/a/orders").unwrap(), acme(Store::S3, "a/orders"));
+        assert_eq!(parse("s3://acme-eu/orders/").unwrap(), acme(Store::S3, "orders"));
+        assert_eq!(parse("s3://acme-eu").unwrap(), acme(Store::S3, ""));
+        assert_eq!(parse("gs://acme-eu/orders").unwrap(), acme(Store::Google, "orders"));
+        assert_eq!(parse("az://acme-eu/a/orders").unwrap(), acme(Store::Azure, "a/orders"));
     }
 
     #[test]
@@ -107,6 +130,10 @@ mod tests {
             "s3:///x",
             "s3://UPPER/x",
             "s3://ab/x",
+            "gs://ab/x",
+            "az://acme.eu/x",
+            "az://account.blob.core.windows.net/container",
+            "gcs://acme/x",
             "s3://acme:9000/x",
             "s3://acme/a//b",
             "s3://acme/x?versionId=1",

@@ -30,7 +30,7 @@ async fn main() -> Result<()> {
     let args = Args::parse();
     let tls = args.tls.as_deref().map(read_tls).transpose()?;
     let Args { listen, buckets, dir, .. } = args;
-    let server = Bucket::with(Options { listen, buckets, dir, tls })?;
+    let server = Bucket::with(Options { listen, buckets, dir, tls, ..Options::default() })?;
     println!("endpoint {}", server.endpoint());
     println!("export AWS_ENDPOINT_URL={}", server.endpoint());
     println!("export AWS_ACCESS_KEY_ID={ACCESS_KEY_ID}");

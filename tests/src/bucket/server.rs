@@ -46,7 +46,7 @@ impl Running {
             .with_context(|| format!("listen on {}", options.listen))?;
         listener.set_nonblocking(true)?;
         let address = listener.local_addr()?;
-        let tls = options.tls.as_ref().map(acceptor).transpose()?;
+        let tls = options.tls.as_ref().map(|tls| acceptor(tls, options.tls_is_old)).transpose()?;
         let mut service = S3ServiceBuilder::new(Store { objects, faults: faults.clone() });
         service.set_auth(SimpleAuth::from_single(ACCESS_KEY_ID, SECRET_ACCESS_KEY));
         let front = Front { service: service.build(), faults };
@@ -202,13 +202,17 @@ async fn corrupt(response: Response<Body>) -> io::Result<Response<Body>> {
     Ok(Response::from_parts(head, Body::from(bytes)))
 }
 
-fn acceptor(tls: &Tls) -> Result<TlsAcceptor> {
+fn acceptor(tls: &Tls, is_old: bool) -> Result<TlsAcceptor> {
     let certificates = CertificateDer::pem_slice_iter(tls.certificate.as_bytes());
     let certificates = certificates.collect::<Result<Vec<_>, _>>().context("read certificates")?;
     let key = PrivateKeyDer::from_pem_slice(tls.key.as_bytes()).context("read key")?;
     let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let versions = match is_old {
+        true => vec![&rustls::version::TLS12],
+        false => rustls::ALL_VERSIONS.to_vec(),
+    };
     let config = ServerConfig::builder_with_provider(provider)
-        .with_safe_default_protocol_versions()?
+        .with_protocol_versions(&versions)?
         .with_no_client_auth()
         .with_single_cert(certificates, key)?;
     Ok(TlsAcceptor::from(Arc::new(config)))

@@ -53,7 +53,7 @@ fn path(state: &Path) -> Arc<WalPath> {
     });
     let root = state.to_path_buf();
     let sealed = Sealed::create(&root, SYSTEM).unwrap();
-    let board = Board::new(0, context.settings.durability.acknowledge);
+    let board = Board::new(Vec::new(), context.settings.durability.acknowledge);
     let (fatal, _) = mpsc::unbounded_channel();
     Arc::new(WalPath { context, root, sealed, board, fatal, halt: CancellationToken::new() })
 }
