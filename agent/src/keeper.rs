@@ -37,8 +37,8 @@ const PENDING: &str = "snapshot-pending";
 
 /// Two prunes that nobody asked for are so far apart.
 const PRUNE_PAUSE_MIN: Duration = Duration::from_secs(1);
-/// After a prune that failed.
-const PRUNE_AGAIN_AFTER: Duration = Duration::from_secs(600);
+/// After a prune that failed, and after one that failed again.
+const PRUNE_AGAIN_AFTER: [Duration; 2] = [Duration::from_secs(60), Duration::from_secs(600)];
 
 type Outcome = Result<SnapshotOutcome>;
 
@@ -121,6 +121,8 @@ pub struct KeeperTask {
     behind: (Option<TimelineId>, Option<Lsn>),
     /// When something that was condemned is due.
     prune_due: Option<Timestamp>,
+    /// The last prune failed, at one location at least.
+    prune_failed: bool,
 }
 
 /// Why the keeper woke up.
@@ -152,6 +154,7 @@ pub fn new(
             status,
             behind: (None, None),
             prune_due: None,
+            prune_failed: false,
         },
     )
 }
@@ -294,9 +297,10 @@ impl KeeperTask {
     async fn prune(&mut self, options: PruneOptions) -> Result<PruneReport> {
         let report = tokio::select! {
             () = self.context.stop.cancelled() => return Err(Error::new(Kind::Cancelled, "the agent is stopping")),
-            report = prune::run(&self.context, options) => report,
+            report = prune::run(&self.context, options, self.prune_failed) => report,
         };
-        let again = Timestamp::now().checked_add(PRUNE_AGAIN_AFTER).ok();
+        let again = Timestamp::now().checked_add(PRUNE_AGAIN_AFTER[usize::from(self.prune_failed)]);
+        self.prune_failed = !report.as_ref().is_ok_and(|report| report.failed.is_empty());
         self.prune_due = match &report {
             // A moment later, for stores whose times are whole seconds.
             Ok(report) if report.failed.is_empty() => {
@@ -304,10 +308,10 @@ impl KeeperTask {
                     report.next_due().and_then(|due| due.checked_add(Duration::from_secs(1)).ok());
                 due.map(|due| due.max(Timestamp::now() + PRUNE_PAUSE_MIN))
             }
-            Ok(_) => again,
+            Ok(_) => again.ok(),
             Err(error) => {
                 tracing::warn!("not pruned: {error}");
-                again
+                again.ok()
             }
         };
         report

@@ -81,7 +81,7 @@ impl<S: Store> Pruner<'_, S> {
         for (store, looked) in self.look().await {
             match looked {
                 Ok(look) => looks.push((store, look)),
-                Err(error) => report.failed.push((store.name().clone(), error.to_string())),
+                Err(error) => report.fail(store.name(), &error),
             }
         }
         let windows: Vec<Window> = looks
@@ -112,7 +112,7 @@ impl<S: Store> Pruner<'_, S> {
             };
             match done {
                 Ok(done) => report.locations.push(done),
-                Err(error) => report.failed.push((store.name().clone(), error.to_string())),
+                Err(error) => report.fail(store.name(), &error),
             }
         }
         report
@@ -220,14 +220,21 @@ async fn pruner<'a>(
     })
 }
 
-/// Prunes the agent's locations, and keeps the alarms about it.
-pub async fn run(context: &AgentContext, options: PruneOptions) -> Result<PruneReport> {
+/// Prunes the agent's locations, and keeps the alarms about it. Nothing is urgent about a location that is down for a
+/// moment: only `again`, where it was before, is that an alarm.
+pub async fn run(
+    context: &AgentContext,
+    options: PruneOptions,
+    again: bool,
+) -> Result<PruneReport> {
     let stores = stores(context);
     let report = pruner(context, &stores).await?.run(options).await;
     if options.dry_run {
         return Ok(report);
     }
-    for (location, reason) in &report.failed {
+    let worth_telling =
+        |(location, _): &&(LocationName, String)| again || !report.unavailable.contains(location);
+    for (location, reason) in report.failed.iter().filter(worth_telling) {
         context.alarms.raise("prune-failed", location.as_str(), reason);
     }
     for done in &report.locations {

@@ -111,7 +111,7 @@ async fn what_the_window_does_not_need_goes(scene: &Scene, major: Major) -> Resu
         ensure!(words[1] == Some((true, "pinned")), "{words:?}");
         ensure!(matches!(words[2], Some((true, _))), "{words:?}");
         let named = report["locations"][location]["objects"].as_array().context("objects")?;
-        ensure!(named.iter().any(|o| o["name"].as_str().is_some_and(|n| n.contains("/pack/"))));
+        ensure!(named.iter().any(|o| o["name"].as_str().is_some_and(|n| n.contains("/manifest"))));
         ensure!(
             manifests(&site.location(LOCATIONS[location]))?.contains(&first),
             "a dry run deleted"

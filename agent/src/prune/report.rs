@@ -1,8 +1,10 @@
 //! What prune did, or would do, for people and programs.
 
 use backstay_common::id::{LocationName, SnapshotId};
+use backstay_common::{Error, Kind};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeSet;
 use std::fmt;
 use std::time::Duration;
 
@@ -17,6 +19,18 @@ pub struct PruneReport {
     pub locations: Vec<LocationReport>,
     /// Locations where nothing was pruned, and why.
     pub failed: Vec<(LocationName, String)>,
+    /// Those among them that could not be reached.
+    #[serde(skip)]
+    pub unavailable: BTreeSet<LocationName>,
+}
+
+impl PruneReport {
+    pub fn fail(&mut self, location: &LocationName, error: &Error) {
+        if error.kind() == Kind::Storage {
+            self.unavailable.insert(location.clone());
+        }
+        self.failed.push((location.clone(), error.to_string()));
+    }
 }
 
 /// One location.

@@ -26,7 +26,7 @@ pub trait Store: Sync {
     /// Deletes all of `names`, durably; tries all before it reports the first fault.
     fn delete(&self, names: &[ObjectName]) -> impl Future<Output = Result<()>> + Send;
 
-    /// The store's own clock.
+    /// The store's own clock; refuses a location that is not ours.
     fn clock(&self) -> impl Future<Output = Result<Timestamp>> + Send;
 
     fn epoch(&self, id: EpochId) -> impl Future<Output = Result<Arc<Epoch>>> + Send;
@@ -63,6 +63,7 @@ impl Store for AgentStore {
     }
 
     async fn clock(&self) -> Result<Timestamp> {
+        self.writer.location().require_cluster().await?;
         self.writer.location().clock().await
     }
 

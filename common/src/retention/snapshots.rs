@@ -216,9 +216,9 @@ impl Judge<'_> {
             let Some(line) = self.lines.get(&damaged.branch).filter(|_| !is_its(true)) else {
                 continue;
             };
-            let before = self.on_line(line).into_iter().filter(|plain| plain.stop < damaged.stop);
-            let Some(whole) = before.filter(|plain| self.is_usable_and_trusted(plain)).last()
-            else {
+            let mut before =
+                self.on_line(line).into_iter().filter(|plain| plain.stop < damaged.stop);
+            let Some(whole) = before.rfind(|plain| self.is_usable_and_trusted(plain)) else {
                 continue;
             };
             kept.snapshot(whole, Stays::Damage);
