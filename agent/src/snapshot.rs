@@ -362,7 +362,13 @@ impl Taking<'_> {
     }
 
     /// The threads that read, for files on disk.
-    fn pool(&self, onto: &Onto<'_>, reading: &Arc<Reading>, readers: usize, jobs_max: usize) -> Pool {
+    fn pool(
+        &self,
+        onto: &Onto<'_>,
+        reading: &Arc<Reading>,
+        readers: usize,
+        jobs_max: usize,
+    ) -> Pool {
         let settings = &self.context.settings.snapshot;
         let is_awaited = matches!(self.request.reason, Reason::Asked | Reason::FirstStart);
         Pool {

@@ -164,7 +164,8 @@ impl Assembler {
         let Packed { usage, frame, hashes, holds } = packed;
         let place = self.packs.add(frame, usage, hashes);
         let path = |held: &Held| self.files.get(&held.file).map(|file| file.begun.path.as_str());
-        let run = |held: &Held| (path(held).unwrap_or_default(), held.first_page, held.pages, held.at);
+        let run =
+            |held: &Held| (path(held).unwrap_or_default(), held.first_page, held.pages, held.at);
         self.packs.holds(holds.iter().map(run));
         for held in holds {
             self.file(held.file)?.held.push((place.clone(), held));

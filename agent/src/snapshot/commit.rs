@@ -48,7 +48,9 @@ pub fn no_gap_in(wal: &WalStatus, needed: LsnRange) -> Result<()> {
         false => Ok(()),
         true => {
             let gap = LsnRange::new(start, end);
-            let reason = format!("the server no longer has the WAL of {gap}, and the snapshot needs {needed}");
+            let reason = format!(
+                "the server no longer has the WAL of {gap}, and the snapshot needs {needed}"
+            );
             Err(Error::new(Kind::Postgres, reason)
                 .remedy("the next attempt begins behind the gap; see `backstay-agent status` for what was slow"))
         }

@@ -28,10 +28,10 @@ use backstay_common::name::{ObjectName, folder};
 use backstay_common::seal::FRAME_BYTES_MAX;
 use backstay_common::snapshot::{FrameRef, PackEntry};
 use backstay_common::{Context, Result};
+use futures::FutureExt;
 use std::collections::{BTreeSet, HashMap};
 use std::fs::File;
 use std::os::unix::fs::FileExt;
-use futures::FutureExt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -98,12 +98,14 @@ impl Leftover {
             let skipped = from - run.first_page;
             let mut noted = vec![0; (until - from) as usize * 8];
             let doing = "read what was noted of an interrupted snapshot";
-            file.read_exact_at(&mut noted, run.hashes_at + u64::from(skipped) * 8).context(doing)?;
+            file.read_exact_at(&mut noted, run.hashes_at + u64::from(skipped) * 8)
+                .context(doing)?;
             for (page, noted) in (from..until).zip(noted.as_chunks::<8>().0) {
                 let n = (page - first_page) as usize;
                 if wanted[n] && hashes[n] == *noted {
                     wanted[n] = false;
-                    found[n] = Some((run.frame, run.at + (page - run.first_page) * self.page_bytes));
+                    found[n] =
+                        Some((run.frame, run.at + (page - run.first_page) * self.page_bytes));
                 }
             }
         }

@@ -135,8 +135,10 @@ impl Packs {
             let slot = filled.slot.clone();
             let sealed = pool::run(move || {
                 let (sealed, note, hashes) = seal_pack(filled, &epoch, system);
-                // Before it can be stored, so that nothing is stored which is not noted.
-                journal.note(note, &hashes);
+                // Before it can be stored, so that no pages are stored which are not noted.
+                if !note.frames.is_empty() {
+                    journal.note(note, &hashes);
+                }
                 sealed
             });
             let sealed = sealed.await?;
@@ -178,12 +180,8 @@ impl Packs {
 /// Also what is to be noted of it, and the page hashes that belong to that.
 fn seal_pack(filled: Filling, epoch: &Epoch, system: SystemId) -> (Sealed, PackNote, Vec<u8>) {
     let Filling { frames, meta, notes, .. } = filled;
-    let draft = Draft {
-        kind: ObjectKind::Pack,
-        plain: Vec::new(),
-        frames,
-        meta: cbor::encode(&meta),
-    };
+    let draft =
+        Draft { kind: ObjectKind::Pack, plain: Vec::new(), frames, meta: cbor::encode(&meta) };
     let sealed = seal::seal(draft, epoch, |id| ObjectName::Pack { system, id });
     let (entry, mut hashes) = (entry(&sealed), Vec::new());
     let frame = |(number, runs): (usize, Vec<RunNote>)| {

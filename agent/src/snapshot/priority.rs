@@ -24,7 +24,9 @@ pub fn take(priority: Priority) {
     }
     // Of a thread, on Linux, where PRIO_PROCESS names one. Never raised.
     let now = rustix::process::getpriority_process(None).unwrap_or(0);
-    if now < nice && let Err(error) = rustix::process::setpriority_process(None, nice) {
+    if now < nice
+        && let Err(error) = rustix::process::setpriority_process(None, nice)
+    {
         tracing::debug!("the processor priority stays as it is: {error}");
     }
 }

@@ -21,12 +21,12 @@ use super::overlay::Stored;
 use super::pace::Pace;
 use super::progress::Meter;
 use super::walk::unreadable;
+use aside::read_full;
 use backstay_common::lsn::Lsn;
 use backstay_common::page::{self, PageState};
 use backstay_common::seal::{FRAME_BYTES_MAX, Frame, Packer};
 use backstay_common::snapshot::page_hash;
 use backstay_common::{Context, Error, Result};
-use aside::read_full;
 use std::fs::File;
 use std::io::{self, ErrorKind};
 use std::path::Path;
@@ -197,7 +197,12 @@ impl Reader {
             } else {
                 reused.clear();
                 let plain = &self.buffer[..bytes];
-                self.differ.small(diff::Pages { file: number, first: 0, plain, hashes: &hashes })?;
+                self.differ.small(diff::Pages {
+                    file: number,
+                    first: 0,
+                    plain,
+                    hashes: &hashes,
+                })?;
             }
         }
         let state = if bytes == small.bytes { PartState::Whole } else { PartState::Short };

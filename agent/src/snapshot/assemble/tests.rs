@@ -1,8 +1,8 @@
-use super::super::fixture::{PAGE, ReadBack, SYSTEM, Store};
-use super::super::walk::Tree;
-use super::super::fixture::pool;
-use super::super::leftover::Journal;
 use super::super::SnapshotProgress;
+use super::super::fixture::pool;
+use super::super::fixture::{PAGE, ReadBack, SYSTEM, Store};
+use super::super::leftover::Journal;
+use super::super::walk::Tree;
 use super::pending::*;
 use super::*;
 use backstay_common::cbor;
@@ -75,7 +75,8 @@ async fn take_in(dir: &Path, store: &Store) -> (Assembled, Vec<FileEntry>) {
     let meter =
         Arc::new(Meter::new(snapshot_id(), watch::Sender::new(SnapshotProgress::default())));
     let fleet = Arc::new(store.fleet(snapshot_id()).await);
-    let packs = Packs::new(SYSTEM, store.epochs.clone(), fleet.clone(), meter.clone(), no_journal());
+    let packs =
+        Packs::new(SYSTEM, store.epochs.clone(), fleet.clone(), meter.clone(), no_journal());
     let pool = pool(reading(), no_cache(dir), meter.clone());
     let (leftover, cache) = (pool.leftover.clone(), pool.cache.clone());
     let mut assembler = Assembler::new(packs, None, leftover, cache, reading(), meter);

@@ -75,9 +75,7 @@ async fn commit_with(
     wal: WalStatus,
 ) -> Vec<(LocationName, Result<()>)> {
     let wal = watch::Sender::new(wal);
-    Commit { fleet, wal: &wal.subscribe(), plain, parent: None, manifest }
-        .everywhere()
-        .await
+    Commit { fleet, wal: &wal.subscribe(), plain, parent: None, manifest }.everywhere().await
 }
 
 fn has_manifest(dir: &Path, location: &str) -> bool {
@@ -147,7 +145,9 @@ async fn a_gap_in_the_wal_ends_it_at_once() {
         gap_end: Some(Lsn::new(end)),
         ..WalStatus::default()
     };
-    for (start, end) in [(0x1_0080_0000, 0x1_0200_0000), (0, 0x1_0000_0001), (0x1_0100_00FF, u64::MAX)] {
+    for (start, end) in
+        [(0x1_0080_0000, 0x1_0200_0000), (0, 0x1_0000_0001), (0x1_0100_00FF, u64::MAX)]
+    {
         let committing = commit_with(&fleet, &plain, &manifest, wal(start, end));
         let done = tokio::time::timeout(Duration::from_secs(20), committing).await.unwrap();
         let error = done[0].1.as_ref().unwrap_err();

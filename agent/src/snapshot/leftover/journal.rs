@@ -32,7 +32,12 @@ impl Journal {
 
     /// Takes up what is left, and begins a journal for `begun`, which keeps what can still be used. `listed` are the packs
     /// that the locations have. Blocks.
-    pub fn take_up(state_dir: &Path, begun: &Begun, listed: &Listed, now: Timestamp) -> (Journal, Leftover) {
+    pub fn take_up(
+        state_dir: &Path,
+        begun: &Begun,
+        listed: &Listed,
+        now: Timestamp,
+    ) -> (Journal, Leftover) {
         let path = path_of(state_dir, begun.system);
         let (file, leftover) = match begin(&path, begun, listed, now) {
             Ok((file, leftover)) => (Some(file), leftover),

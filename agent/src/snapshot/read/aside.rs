@@ -153,7 +153,11 @@ mod tests {
         type Read = fn(&File, &mut [u8], u64) -> io::Result<usize>;
         for read in [read_full as Read, read_and_drop as Read] {
             let file = file_with_cached(16..24);
-            assert_eq!(cached_pages(&file), (16..24).collect::<Vec<u64>>(), "nothing can be seen here");
+            assert_eq!(
+                cached_pages(&file),
+                (16..24).collect::<Vec<u64>>(),
+                "nothing can be seen here"
+            );
             let mut buffer = vec![0; (PAGES * PAGE) as usize + 100];
             assert_eq!(read(&file, &mut buffer, 0).unwrap(), (PAGES * PAGE) as usize);
             assert!(buffer[..(PAGES * PAGE) as usize].iter().all(|byte| *byte == 7));
