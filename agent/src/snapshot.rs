@@ -20,7 +20,7 @@
 //! | `remote`, `tar`, `arrive` | a base backup over the network: received, taken apart, sorted |
 //! | `server_manifest`, `mend` | whether all of it came whole; which pages with a wrong checksum replay mends |
 //! | `parent`, `cache`, `rebuild` | the snapshot to compare with, and what is known of its files |
-//! | `cut`, `read` | files into jobs, jobs into pages and their hashes |
+//! | `cut`, `read`, `readers` | files into jobs, jobs into pages and their hashes, by several threads |
 //! | `diff` | pages that changed into frames |
 //! | `assemble`, `overlay`, `loose` | files, maps and the table, new over old, while frames arrive out of order |
 //! | `usage` | which frames of which packs the snapshot uses |
@@ -28,7 +28,7 @@
 //! | `commit` | the manifest, last, where all that it needs is listed |
 //! | `leftover` | what a snapshot that was interrupted has stored, for the next one |
 //! | `pace`, `priority` | how fast files are read, and after whom |
-//! | `progress`, `hash_key` | how far it is; the key of page hashes |
+//! | `progress`, `outcome`, `hash_key` | how far it is, and what came of it; the key of page hashes |
 //!
 //! A snapshot is complete whatever it stores: its maps name a frame for every page, its own or an older snapshot's. What it stores
 //! is the pages whose content differs from the parent's, and those that must not stay where they are, because a restore would
@@ -56,6 +56,7 @@ mod leftover;
 mod local_disk;
 mod loose;
 mod mend;
+mod outcome;
 mod overlay;
 mod pace;
 mod pack;
@@ -63,6 +64,7 @@ mod parent;
 mod priority;
 mod progress;
 mod read;
+mod readers;
 mod rebuild;
 mod remote;
 mod server_manifest;
@@ -72,155 +74,46 @@ mod tar;
 mod usage;
 mod walk;
 
+pub use outcome::{Phase, Reason, SnapshotOutcome, SnapshotProgress, SnapshotRequest};
+
 use crate::context::AgentContext;
 use crate::wal::WalStatus;
 use assemble::{Assembled, Assembler};
 use backstay_common::config::Priority;
 use backstay_common::control::ControlFile;
-use backstay_common::id::{LocationName, SnapshotId, random_bytes};
+use backstay_common::id::{SnapshotId, random_bytes};
 use backstay_common::lsn::{Lsn, LsnRange};
 use backstay_common::seal::FRAME_BYTES_MAX;
 use backstay_common::snapshot::{Begin, Manifest, ManifestPlain, Root, Tablespace};
-use backstay_common::{Context, Error, Kind, Result};
+use backstay_common::{Error, Kind, Result};
 use cache::{CacheWriter, Summary};
 use commit::Commit;
 use cut::arriving::{self, ArrivingCutter};
-use cut::{Cutter, Links};
 use label::BackupLabel;
 use leftover::{Journal, Leftover};
 use pace::Pace;
 use pack::Packs;
 use parent::{Parent, Server};
 use progress::Meter;
-use read::{Reader, Reading};
+use read::Reading;
+use readers::Pool;
 use remote::{Received, Remote};
-use serde::{Deserialize, Serialize};
-use session::{Session, Source};
+use session::{Session, Source, Watch};
 use ship::{Fleet, Parcel};
-use std::fmt;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
-use tokio::sync::{mpsc, watch};
+use std::sync::Arc;
+use std::time::Instant;
+use tokio::sync::watch;
 use walk::{Tree, What};
 
-/// Frames that wait for the assembler, of at most 1 MiB each.
-const MESSAGES_MAX: usize = 16;
 /// Jobs that wait for a reader.
 const JOBS_MAX: usize = 16;
-/// How often the backup session is looked after while files are read.
-const SESSION_CHECKED_EVERY: Duration = Duration::from_secs(15);
 /// More alarms than this about damaged files help nobody.
 const ALARMS_MAX: usize = 100;
 
 /// Pages in one part of a file: 1 MiB of it, and at most one frame.
 pub fn part_pages(page_bytes: u32) -> u32 {
     FRAME_BYTES_MAX as u32 / page_bytes
-}
-
-/// What is asked of a snapshot.
-#[derive(Clone, Copy, Debug)]
-pub struct SnapshotRequest {
-    /// An immediate checkpoint; else PostgreSQL spreads it over minutes.
-    pub fast_checkpoint: bool,
-    pub reason: Reason,
-}
-
-/// Why a snapshot is taken.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Reason {
-    FirstStart,
-    Scheduled,
-    /// One was due while the agent was down.
-    CaughtUp,
-    /// The server is on another timeline than the newest snapshot: after a restore or a promotion.
-    NewTimeline,
-    /// WAL is missing, and only a snapshot makes moments after the gap reachable.
-    AfterGap,
-    Asked,
-}
-
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Phase {
-    /// Waiting for PostgreSQL's checkpoint.
-    #[default]
-    Starting,
-    Reading,
-    /// Waiting for packs and WAL to be at the locations.
-    Committing,
-    Done,
-}
-
-impl fmt::Display for Phase {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Phase::Starting => "starting",
-            Phase::Reading => "reading",
-            Phase::Committing => "committing",
-            Phase::Done => "done",
-        })
-    }
-}
-
-/// How far a snapshot has come.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct SnapshotProgress {
-    /// None before the first.
-    pub id: Option<SnapshotId>,
-    pub phase: Phase,
-    pub bytes_done: u64,
-    pub bytes_total: u64,
-    pub files_done: u64,
-    pub files_total: u64,
-    /// Bytes of the packs so far, counted once whatever the number of locations.
-    pub stored_bytes: u64,
-    pub started: Option<jiff::Timestamp>,
-}
-
-/// A snapshot that is committed at one location at least.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct SnapshotOutcome {
-    pub id: SnapshotId,
-    /// The snapshot that it was compared with.
-    pub parent: Option<SnapshotId>,
-    /// Where replay begins.
-    pub start: Lsn,
-    /// From here on it is consistent.
-    pub stop: Lsn,
-    pub committed: Vec<LocationName>,
-    /// Where it is not committed, and why.
-    pub pending: Vec<(LocationName, String)>,
-    pub database_bytes: u64,
-    pub stored_bytes: u64,
-    pub seconds: f64,
-    pub corrupt_pages: u64,
-}
-
-impl fmt::Display for SnapshotOutcome {
-    /// Several lines, for a person.
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let mib = |bytes: u64| bytes as f64 / f64::from(1 << 20);
-        let committed: Vec<&str> = self.committed.iter().map(LocationName::as_str).collect();
-        writeln!(f, "snapshot {} taken in {:.1} s", self.id, self.seconds)?;
-        writeln!(f, "  start {}, consistent from {}", self.start, self.stop)?;
-        let (database, stored) = (mib(self.database_bytes), mib(self.stored_bytes));
-        match self.parent {
-            Some(parent) => {
-                writeln!(f, "  {database:.1} MiB compared with {parent}, {stored:.1} MiB stored")?
-            }
-            None => writeln!(f, "  {database:.1} MiB read, {stored:.1} MiB stored")?,
-        }
-        write!(f, "  committed at {}", committed.join(", "))?;
-        for (location, reason) in &self.pending {
-            write!(f, "\n  NOT committed at {location}: {reason}")?;
-        }
-        match self.corrupt_pages {
-            0 => Ok(()),
-            pages => write!(f, "\n  {pages} pages fail their checksum at the source"),
-        }
-    }
 }
 
 /// Takes a snapshot. Safe to drop: the backup ends with its session, and nothing is committed that is not complete.
@@ -669,82 +562,8 @@ impl Taking<'_> {
     }
 }
 
-/// The threads that read, and what they are given.
-#[derive(Clone, Debug)]
-struct Pool {
-    reading: Arc<Reading>,
-    parent: Option<Arc<Parent>>,
-    leftover: Arc<Leftover>,
-    cache: Arc<CacheWriter>,
-    meter: Arc<Meter>,
-    pace: Arc<Pace>,
-    priority: Priority,
-    readers: usize,
-    /// Jobs that may wait for them.
-    jobs_max: usize,
-}
-
-impl Pool {
-    /// Starts the cutter and the readers. They end by themselves when the receiver is dropped.
-    fn start_on(self, tree: &Tree) -> Result<mpsc::Receiver<assemble::Message>> {
-        let (links, messages) = self.start()?;
-        let (cutter, tree) = (Cutter::new(links), tree.clone());
-        tokio::task::spawn_blocking(move || cutter.cut(&tree));
-        Ok(messages)
-    }
-
-    /// Starts the readers. They end by themselves when the links or the receiver are dropped.
-    fn start(self) -> Result<(Links, mpsc::Receiver<assemble::Message>)> {
-        let (messages, receiver) = mpsc::channel(MESSAGES_MAX);
-        let (give, jobs) = std::sync::mpsc::sync_channel(self.jobs_max);
-        let jobs = Arc::new(Mutex::new(jobs));
-        let Pool { reading, parent, leftover, cache, meter, pace, priority, .. } = self;
-        for _ in 0..self.readers {
-            let (leftover, pace) = (leftover.clone(), pace.clone());
-            let (cache, meter) = (cache.clone(), meter.clone());
-            let messages = messages.clone();
-            let reader = Reader::new(reading.clone(), meter, cache, leftover, pace, messages)?;
-            let jobs = jobs.clone();
-            // A thread of its own, since it can't take its priority back.
-            let thread = std::thread::Builder::new().name("snapshot-reader".into());
-            let work = move || {
-                priority::take(priority);
-                reader.work(&jobs);
-            };
-            thread.spawn(work).context("start a thread that reads files")?;
-        }
-        let page_bytes = reading.page_bytes;
-        Ok((Links { jobs: give, messages, parent, cache, meter, page_bytes }, receiver))
-    }
-}
-
 fn cores() -> usize {
     std::thread::available_parallelism().map_or(1, usize::from)
-}
-
-/// What must hold while files are read.
-struct Watch<'a> {
-    session: &'a mut Session,
-    wal: &'a watch::Receiver<WalStatus>,
-    /// From where on the snapshot needs WAL.
-    needed: Lsn,
-}
-
-impl Watch<'_> {
-    /// Does `work`, and fails as soon as the backup session or WAL that it needs is lost.
-    async fn during<T>(&mut self, work: impl Future<Output = Result<T>>) -> Result<T> {
-        let mut work = std::pin::pin!(work);
-        loop {
-            tokio::select! {
-                done = &mut work => return done,
-                () = tokio::time::sleep(SESSION_CHECKED_EVERY) => {
-                    // What is lost by now was written before the backup ends.
-                    commit::no_gap_in(&self.wal.borrow(), LsnRange::new(self.needed, Lsn::MAX))?;
-                    self.session.check().await?;
-                }
-            }
-        }
-    }
 }
 
 fn read_control(data_dir: &std::path::Path) -> Result<(ControlFile, u32, Vec<u8>)> {

@@ -1,10 +1,10 @@
 //! What the tests of snapshots share: locations in folders, and a reader of what was stored there.
 
-use super::Pool;
 use super::cache::CacheWriter;
 use super::pace::Pace;
 use super::progress::Meter;
 use super::read::Reading;
+use super::readers::Pool;
 use super::ship::{Fleet, Parcel};
 use crate::epochs::Epochs;
 use crate::writer::Writer;

@@ -6,7 +6,7 @@
 //!
 //! What arrived over the network can't be read again: a page that is wrong is a doubt at once.
 //!
-//! The page cache stays the database's: what a read brings into it is dropped again.
+//! The page cache stays the database's: what a read brings into it is dropped again (`aside`).
 //!
 //! A page that equals the parent's is not held to its checksum again, unless the parent's was wrong.
 
