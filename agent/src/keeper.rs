@@ -205,6 +205,10 @@ impl KeeperTask {
                     last = self.newest(&outcome);
                     None
                 }
+                // Nothing is won by waiting where the WAL goes on behind a new gap.
+                Err(_) if self.wal.borrow().gap_end > self.behind.1 => {
+                    Some((Reason::AfterGap, Duration::ZERO))
+                }
                 Err(_) => Some((reason, RETRY_AFTER)),
             };
         }

@@ -83,7 +83,9 @@ pub struct WalStatus {
     /// The server's clock in its last message.
     pub server_clock: Option<jiff::Timestamp>,
     pub spool_bytes: u64,
-    /// Where the WAL goes on behind the last gap that this process met. Only a snapshot from there on closes it.
+    /// The start of the last gap that this process met,
+    pub gap_start: Option<Lsn>,
+    /// and where the WAL goes on behind it. Only a snapshot from there on closes it.
     pub gap_end: Option<Lsn>,
     /// In the order of the config.
     pub locations: Vec<LocationWal>,
@@ -230,7 +232,7 @@ impl WalPath {
             self.board.read(|state| state.lines.get(&state.current).map(|line| line.timeline()));
         let reason = format!("the server no longer has the WAL of {gap}");
         self.context.alarms.raise("wal-gap", "", &reason);
-        self.board.update(|state| state.server.gap_end = Some(gap.end));
+        self.board.update(|state| state.server.gap = Some(gap));
         let entry = serde_json::json!({
             "start": gap.start,
             "end": gap.end,
@@ -415,7 +417,8 @@ fn describe(context: &AgentContext, state: &State) -> WalStatus {
         server_end: state.server.end,
         server_clock: state.server.clock.map(|clock| clock.timestamp()),
         spool_bytes: state.spool_bytes(),
-        gap_end: state.server.gap_end,
+        gap_start: state.server.gap.map(|gap| gap.start),
+        gap_end: state.server.gap.map(|gap| gap.end),
         locations: locations.collect(),
         last_error: state.server.last_error.clone(),
     }

@@ -86,8 +86,21 @@ pub struct SnapshotSettings {
     pub fast_checkpoint: bool,
     /// zstd level, 1 to 19.
     pub compression_level: i32,
-    /// The most that a base backup over the network may take, in bytes a second. None: as fast as it goes.
+    /// The most that is read of the database, from its files or over the network, in bytes a second. None: as fast as it goes.
     pub max_rate: Option<u64>,
+    /// Of the threads that read files, in snapshots for which nobody waits.
+    pub priority: Priority,
+}
+
+/// How a thread stands beside the rest of the host.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Priority {
+    /// As the agent was started.
+    Normal,
+    /// Behind all others, and never starved.
+    Low,
+    /// Only when nobody else wants the disk.
+    Idle,
 }
 
 #[derive(Clone, Debug)]
@@ -345,7 +358,9 @@ fn snapshot(mut t: Reader<'_>) -> SnapshotSettings {
     if max_rate.is_some_and(|rate| !RATES.contains(&rate)) {
         t.fault("max-rate", "out of range", "choose from \"32KiB\" to \"1GiB\", for each second");
     }
-    SnapshotSettings { schedule, time_zone, fast_checkpoint, compression_level, max_rate }
+    let words = [("normal", Priority::Normal), ("low", Priority::Low), ("idle", Priority::Idle)];
+    let priority = t.word("priority", &words).unwrap_or(Priority::Low);
+    SnapshotSettings { schedule, time_zone, fast_checkpoint, compression_level, max_rate, priority }
 }
 
 fn retention(mut t: Reader<'_>) -> RetentionSettings {

@@ -16,7 +16,8 @@
 //! - **Pins** keep their snapshot until they end, and the WAL that they ask for.
 //! - **Damage.** The last whole snapshot before one with damaged pages stays until the damage is acknowledged.
 //! - **Running.** A snapshot that has been begun, less than [`Rules::running_max`] ago, keeps its parent and all packs that
-//!   are not older than it.
+//!   are not older than it, unless a later one's manifest says that it was abandoned. Until then one that was interrupted counts as
+//!   running, so that the next one can take over what it stored.
 //! - Packs stay while a snapshot that stays names them, origins while anything of their branch is needed. WAL that a longer
 //!   object covers may go. Keys stay.
 //!

@@ -152,6 +152,7 @@ impl Repo {
             files: 0,
             parent: None,
             corrupt_pages: 0,
+            abandoned: None,
         };
         let root = Root {
             cluster: self.access.cluster.clone(),

@@ -25,6 +25,7 @@ mod delta;
 mod folder;
 mod harness;
 mod integrity;
+mod interrupted;
 mod kill;
 mod options;
 mod refusals;

@@ -61,7 +61,7 @@ async fn wait_for_snapshots(site: &Site<'_>, wanted: &[&str]) -> Result<()> {
 }
 
 /// Packs that no manifest names. A manifest that names a pack which is not there is an error.
-fn unnamed_packs(root: &Path) -> Result<usize> {
+pub fn unnamed_packs(root: &Path) -> Result<usize> {
     let packs: BTreeSet<String> = folder::named(root, "/pack/")?.into_iter().collect();
     let mut named = BTreeSet::new();
     for name in folder::named(root, "/manifest")? {

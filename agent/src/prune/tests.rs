@@ -757,6 +757,7 @@ fn manifest(id: SnapshotId, snap: &Snap, branch: Branch, epoch: &Epoch) -> Seale
         files: 1,
         parent: None,
         corrupt_pages: u64::from(snap.marked),
+        abandoned: None,
     };
     let root = Root {
         cluster: "orders".parse().unwrap(),

@@ -6,6 +6,7 @@
 
 use super::cache::{self, Cache, Known};
 use super::hash_key;
+use super::leftover;
 use super::rebuild;
 use super::remote::{Remote, Shape};
 use super::session::Source;
@@ -92,12 +93,7 @@ impl Parent {
                 *self.plain.epochs.get(entry.epoch as usize).ok_or_else(|| {
                     Error::new(Kind::Corrupt, "the parent names a pack of no epoch")
                 })?;
-            let at = epochs.iter().position(|known| *known == epoch);
-            entry.epoch = at.unwrap_or(epochs.len()) as u32;
-            if at.is_none() {
-                epochs.push(epoch);
-            }
-            packs.push(entry);
+            leftover::add_pack(epoch, entry, epochs, packs);
         }
         Ok(())
     }

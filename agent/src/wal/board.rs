@@ -5,7 +5,7 @@ use super::frontier::Frontier;
 use super::line::Line;
 use super::shelf::Shelf;
 use backstay_common::config::Acknowledge;
-use backstay_common::lsn::Lsn;
+use backstay_common::lsn::{Lsn, LsnRange};
 use backstay_common::pgtime::PgTime;
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
@@ -44,8 +44,8 @@ pub struct Server {
     pub quiet: Option<(Lsn, PgTime)>,
     /// Its shutdown checkpoint came then, and nothing after it.
     pub leaving: Option<Instant>,
-    /// Where the WAL goes on behind the last gap.
-    pub gap_end: Option<Lsn>,
+    /// The last gap.
+    pub gap: Option<LsnRange>,
     pub last_error: Option<String>,
 }
 

@@ -248,9 +248,16 @@ pub(super) fn running<'a>(
     rules: &Rules,
 ) -> impl Iterator<Item = (Timestamp, &'a crate::snapshot::Begin)> {
     let since = back(view.now, rules.running_max);
+    let abandoned: BTreeSet<SnapshotId> = view
+        .manifests
+        .values()
+        .flat_map(|plain| plain.abandoned.iter().flatten().copied())
+        .collect();
     view.begins.values().filter_map(move |begin| {
         let name = ObjectName::Begin { system: view.system, snapshot: begin.snapshot };
         let begun = view.objects.get(&name)?.stored;
-        (begun >= since && !view.manifests.contains_key(&begin.snapshot)).then_some((begun, begin))
+        let has_ended =
+            view.manifests.contains_key(&begin.snapshot) || abandoned.contains(&begin.snapshot);
+        (begun >= since && !has_ended).then_some((begun, begin))
     })
 }

@@ -86,6 +86,7 @@ impl Story {
             files: 1,
             parent: None,
             corrupt_pages: 0,
+            abandoned: None,
         };
         self.list(ObjectName::Pack { system: SYSTEM, id: pack }, ago(days), 9);
         self.list(ObjectName::Begin { system: SYSTEM, snapshot }, ago(days), 1);
@@ -322,6 +323,13 @@ fn a_running_snapshot_keeps_its_parent_and_all_packs_since_it_was_begun() {
         (verdict.goes.get(&pack(1)), verdict.stays.get(&pack(2))),
         (Some(&Gone::Pack), Some(&Stays::Running))
     );
+    // A later one of the same agent says that it was interrupted.
+    let mut later = story.0.clone();
+    let newest = snapshots.iter().max().unwrap();
+    later.manifests.get_mut(newest).unwrap().abandoned = Some(vec![begun]);
+    let verdict = judge(&later, &week());
+    assert_eq!(verdict.goes[&begin], Gone::Abandoned);
+    assert_eq!(verdict.goes[&pack(2)], Gone::Pack);
     // A week later it has been given up.
     story.0.now = ago(-6.5);
     let verdict = judge(&story.0, &week());

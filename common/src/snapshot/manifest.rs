@@ -64,6 +64,9 @@ pub struct ManifestPlain {
     /// Pages whose checksum failed for good.
     #[n(16)]
     pub corrupt_pages: u64,
+    /// Snapshots that were begun before by the same agent, and never ended: their `begin` keeps nothing any more.
+    #[n(64)]
+    pub abandoned: Option<Vec<SnapshotId>>,
 }
 
 impl Fields for ManifestPlain {
@@ -304,6 +307,7 @@ mod tests {
             files: 1,
             parent: None,
             corrupt_pages: 0,
+            abandoned: None,
         };
         let root = Root {
             cluster: "orders".parse().unwrap(),

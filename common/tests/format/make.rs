@@ -170,6 +170,7 @@ fn manifest(epoch: &Epoch, packs: &[Sealed], table: BytesRef) -> Manifest {
         files: 2,
         parent: begin().parent,
         corrupt_pages: 1,
+        abandoned: None,
     };
     let root = Root {
         cluster: "orders".parse().unwrap(),

@@ -221,6 +221,7 @@ impl Stored {
             files: files.len() as u64,
             parent: None,
             corrupt_pages: 0,
+            abandoned: None,
         };
         let root = Root {
             cluster: "orders".parse().unwrap(),
