@@ -4,8 +4,7 @@
 
 mod postgres;
 
-use crate::init::check_record;
-use backstay_common::cluster::ClusterRecord;
+use crate::init;
 use backstay_common::config::{Acknowledge, Settings};
 use backstay_common::id::SystemId;
 use backstay_common::location::Location;
@@ -142,8 +141,7 @@ async fn check_location(
     location: &Location,
     system: Option<SystemId>,
 ) -> Result<String> {
-    let record = ClusterRecord::read(&location.require_cluster().await?)?;
-    check_record(&record, settings, system.unwrap_or(record.system))?;
+    init::check_location(location, settings, system).await?;
     let probe = location.probe().await.context("probe")?;
     let deletes = if probe.deletes { "" } else { "; may not delete, so superseded pieces stay" };
     Ok(format!("{}, PUT in {} ms{deletes}", location.url(), probe.put_time.as_millis()))

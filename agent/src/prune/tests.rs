@@ -37,6 +37,7 @@ struct Sim {
     used: AtomicU64,
     /// Objects younger than this cannot be deleted, in seconds.
     lock: AtomicI64,
+    memory: Memory,
 }
 
 impl Sim {
@@ -50,6 +51,7 @@ impl Sim {
             fuse: AtomicU64::new(u64::MAX),
             used: AtomicU64::new(0),
             lock: AtomicI64::new(0),
+            memory: Memory::default(),
         }
     }
 
@@ -128,6 +130,10 @@ impl Store for Sim {
 
     async fn epoch(&self, _: EpochId) -> Result<Arc<Epoch>> {
         Ok(self.epoch.clone())
+    }
+
+    fn memory(&self) -> &Memory {
+        &self.memory
     }
 }
 
