@@ -150,6 +150,9 @@ async fn find<S: Store>(store: &S, others: &[S], name: &ObjectName) -> Result<Fo
     }
     match name {
         ObjectName::Head { .. } => Ok(Found::Damaged),
+        ObjectName::Condemned { .. } => Err(error.remedy(
+            "nothing is pruned here until it is gone: delete this object, and see that the config's window is meant",
+        )),
         _ => Err(error.context("it may be what keeps other objects").remedy(
             "nothing is pruned here until it is whole: copy the object from another location over it",
         )),
