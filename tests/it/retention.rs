@@ -11,7 +11,7 @@ use backstay_tests::ledger::Target;
 use backstay_tests::major::Major;
 use backstay_tests::on_drawn_major;
 use backstay_tests::postgres::Cluster;
-use backstay_tests::programs::backstay_program;
+use backstay_tests::programs::{Agent, backstay_program};
 use backstay_tests::scene::Scene;
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
@@ -246,7 +246,7 @@ async fn both_systems_stay_in_the_window(scene: &Scene, major: Major) -> Result<
     site.ledger.wait_for(30, PATIENCE).await?;
     site.all_stored().await?;
     drop(session);
-    site.agent.stop().await?;
+    site.agent.terminate(PATIENCE).await?;
     site.ledger.stop().await?;
     let ended = Instant::now();
 
@@ -255,7 +255,8 @@ async fn both_systems_stay_in_the_window(scene: &Scene, major: Major) -> Result<
     let system = next.value(SYSTEM).await?;
     let [near, far] = LOCATIONS.map(|name| scene.path(name));
     let configuration = site.configuration.clone().server(&next);
-    let deployment = site.deployment.clone().reconfigured(&configuration)?;
+    let deployment = site.deployment.clone();
+    deployment.configure(&configuration)?;
     let refused: &[&str] = &[&old_system, &system, "init --accept-new-system"];
     deployment.agent_command(&["run"]).await?.expect(2)?.says(refused)?;
     deployment.agent_command(&["check"]).await?.expect(2)?.says(refused)?;
@@ -266,7 +267,7 @@ async fn both_systems_stay_in_the_window(scene: &Scene, major: Major) -> Result<
     deployment.agent_command(&accept).await?.success()?.says(&["was initialised before"])?;
     deployment.agent_command(&["check"]).await?;
 
-    let mut agent = deployment.run().await?;
+    let mut agent = Agent::start(&deployment).await?;
     let status = agent.wait_until("there is a snapshot", PATIENCE, has_snapshot).await?;
     let new = status["snapshots"]["last"].as_str().context("the snapshot's name")?.to_owned();
     let listed = deployment.backstay(&["list", "--json"]).await?.success()?.json()?;
@@ -315,7 +316,7 @@ async fn both_systems_stay_in_the_window(scene: &Scene, major: Major) -> Result<
     }
     let listed = deployment.backstay(&["list", "--json"]).await?.success()?.json()?;
     ensure!(listed["earlier"].as_array().is_some_and(Vec::is_empty), "{listed}");
-    agent.stop().await?;
+    agent.terminate(PATIENCE).await?;
     Ok(())
 }
 on_drawn_major!(both_systems_stay_in_the_window);
