@@ -18,6 +18,8 @@
 //! - **Running.** A snapshot that has been begun, less than [`Rules::running_max`] ago, keeps its parent and all packs that
 //!   are not older than it, unless a later one's manifest says that it was abandoned. Until then one that was interrupted counts as
 //!   running, so that the next one can take over what it stored.
+//! - **A system that another one has succeeded** (`pg_upgrade`) has no newest snapshot to keep: it goes when its last commit has
+//!   left the window, and its longer-lived snapshots when their weeks and months have.
 //! - Packs stay while a snapshot that stays names them, origins while anything of their branch is needed. WAL that a longer
 //!   object covers may go. Keys stay.
 //!
@@ -56,6 +58,8 @@ pub struct Rules {
     pub monthly: usize,
     /// How long a snapshot that has been begun counts as running.
     pub running_max: Duration,
+    /// The cluster has another system now, and a snapshot of it that can be restored.
+    pub is_succeeded: bool,
 }
 
 impl Rules {
@@ -63,7 +67,15 @@ impl Rules {
     pub fn window(window: Duration) -> Rules {
         let running_max = Duration::from_secs(7 * 86_400);
         let margin = window.min(MARGIN_MAX);
-        Rules { window, margin, keep_last: 1, weekly: 0, monthly: 0, running_max }
+        Rules {
+            window,
+            margin,
+            keep_last: 1,
+            weekly: 0,
+            monthly: 0,
+            running_max,
+            is_succeeded: false,
+        }
     }
 }
 

@@ -70,7 +70,8 @@ impl Repo {
             locations.push(location);
         }
         let (keyring, unreachable) = (Arc::new(keyring), Vec::new());
-        let access = Access { cluster, system: SYSTEM, locations, keyring, unreachable };
+        let systems = vec![SYSTEM];
+        let access = Access { cluster, system: SYSTEM, systems, locations, keyring, unreachable };
         Repo { folder, access, epoch }
     }
 

@@ -22,6 +22,7 @@ struct Sweep<'a> {
     edge: Timestamp,
     newest_heads: BTreeMap<&'a AgentName, u64>,
     newest_condemned: Option<&'a ObjectName>,
+    is_succeeded: bool,
 }
 
 pub(super) fn sweep(view: &View, rules: &Rules, kept: Kept) -> Verdict {
@@ -50,6 +51,7 @@ pub(super) fn sweep(view: &View, rules: &Rules, kept: Kept) -> Verdict {
         edge: back(back(view.now, rules.window), rules.margin),
         newest_heads,
         newest_condemned,
+        is_succeeded: rules.is_succeeded,
         kept,
     };
     let mut verdict = Verdict::default();
@@ -91,7 +93,9 @@ impl Sweep<'_> {
     /// Why it stays, or else why it may go.
     fn word(&self, name: &ObjectName, seen: &Seen) -> Result<Stays, Gone> {
         match name {
-            ObjectName::Cluster | ObjectName::Wrap { .. } => Ok(Stays::Bookkeeping),
+            ObjectName::Cluster | ObjectName::Accepted { .. } | ObjectName::Wrap { .. } => {
+                Ok(Stays::Bookkeeping)
+            }
             // Judged when it is known what goes.
             ObjectName::Condemned { .. } => Ok(Stays::Bookkeeping),
             ObjectName::Manifest { snapshot, .. } => {
@@ -105,7 +109,7 @@ impl Sweep<'_> {
                 false => Err(Gone::Branch),
             },
             ObjectName::Head { agent, seq, .. } => {
-                let is_newest = self.newest_heads.get(agent) == Some(seq);
+                let is_newest = !self.is_succeeded && self.newest_heads.get(agent) == Some(seq);
                 match is_newest || seen.stored >= self.edge {
                     true => Ok(Stays::Window),
                     false => Err(Gone::Head),

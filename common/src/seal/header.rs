@@ -44,10 +44,11 @@ pub enum ObjectKind {
     Manifest = 9,
     Pin = 10,
     Condemned = 11,
+    Accepted = 12,
 }
 
 impl ObjectKind {
-    const ALL: [ObjectKind; 10] = [
+    const ALL: [ObjectKind; 11] = [
         ObjectKind::Cluster,
         ObjectKind::Wrap,
         ObjectKind::Origin,
@@ -58,12 +59,14 @@ impl ObjectKind {
         ObjectKind::Manifest,
         ObjectKind::Pin,
         ObjectKind::Condemned,
+        ObjectKind::Accepted,
     ];
 
     /// The kind of the object that `name` names.
     pub fn of(name: &ObjectName) -> ObjectKind {
         match name {
             ObjectName::Cluster => ObjectKind::Cluster,
+            ObjectName::Accepted { .. } => ObjectKind::Accepted,
             ObjectName::Wrap { .. } => ObjectKind::Wrap,
             ObjectName::Origin { .. } => ObjectKind::Origin,
             ObjectName::Wal { .. } => ObjectKind::Wal,
@@ -79,7 +82,7 @@ impl ObjectKind {
     /// The only suite in which objects of this kind are written and read.
     pub fn suite(self) -> Suite {
         match self {
-            ObjectKind::Cluster | ObjectKind::Wrap => Suite::Plain,
+            ObjectKind::Cluster | ObjectKind::Wrap | ObjectKind::Accepted => Suite::Plain,
             _ => Suite::Sealed,
         }
     }

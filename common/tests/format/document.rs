@@ -99,7 +99,7 @@ fn reserved_names_are_no_names_of_today() {
 async fn kinds_and_suites_are_the_codes() {
     let (objects, _) = all().await;
     let rows = table("### 5.2 Kinds", "kind");
-    assert_eq!(rows.len(), 10);
+    assert_eq!(rows.len(), 11);
     for row in rows {
         let (number, suite): (u8, u8) = (row[0].parse().unwrap(), row[2].parse().unwrap());
         let kind =
@@ -163,6 +163,7 @@ async fn records() -> BTreeMap<&'static str, Vec<Vec<u8>>> {
             ObjectKind::Begin => ("Begin", plain),
             ObjectKind::Pin => ("PinRecord", plain),
             ObjectKind::Condemned => ("Condemned", plain),
+            ObjectKind::Accepted => ("AcceptedRecord", plain),
             ObjectKind::Manifest => {
                 records.entry("Root").or_default().push(open().contents().unwrap());
                 ("ManifestPlain", plain)

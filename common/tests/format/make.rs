@@ -55,6 +55,15 @@ async fn make_pins_and_condemned() {
     write(&condemned().seal(&epoch, SYSTEM));
 }
 
+/// So is this one.
+#[tokio::test]
+#[ignore = "fixtures are files, and are never made again"]
+async fn make_accepted() {
+    let (objects, _) = all().await;
+    assert_eq!(objects.len(), 14, "fixtures are never made again");
+    write(&accepted().object());
+}
+
 fn write(sealed: &Sealed) {
     let path = fixtures().join(sealed.name.to_string());
     std::fs::create_dir_all(path.parent().unwrap()).unwrap();

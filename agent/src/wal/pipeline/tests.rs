@@ -47,6 +47,7 @@ fn path(state: &Path) -> Arc<WalPath> {
         server_version: 150_018,
         segment_size: SegmentSize::DEFAULT,
         writers: Vec::new(),
+        systems: Default::default(),
         alarms: Arc::default(),
         stop: CancellationToken::new(),
         settings,
