@@ -1,4 +1,5 @@
-//! Snapshots that refer to each other: each restores to what it was, and costs what changed.
+//! Snapshots that refer to each other: each costs what changed, and says which pages are damaged. What they restore to is
+//! in `mixed`.
 
 use crate::site::{PATIENCE, Site};
 use anyhow::{Context, Result, ensure};
@@ -10,7 +11,6 @@ use backstay_tests::postgres::Cluster;
 use backstay_tests::programs::{Configuration, Deployment};
 use backstay_tests::scene::Scene;
 use serde_json::Value;
-use std::collections::BTreeMap;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
@@ -25,7 +25,6 @@ struct Taken {
     id: String,
     parent: Option<String>,
     stored: u64,
-    database: u64,
     corrupt: u64,
 }
 
@@ -39,116 +38,8 @@ async fn take(site: &Site<'_>) -> Result<Taken> {
         id: text("id").context("the snapshot's name")?,
         parent: text("parent"),
         stored: number("stored_bytes")?,
-        database: number("database_bytes")?,
         corrupt: number("corrupt_pages")?,
     })
-}
-
-/// Everything that gives files new names, new sizes, or other content under an old name, while the load goes on: each of
-/// three snapshots restores to exactly what was there, and so does a moment after them.
-async fn each_snapshot_under_all_ddl(scene: &Scene, major: Major) -> Result<()> {
-    let mut site = Site::start(scene, &major).await?;
-    let session = site.cluster.connect().await?;
-    let space = scene.folder("space")?.display().to_string();
-    site.cluster.sql(&format!("CREATE TABLESPACE space LOCATION '{space}'")).await?;
-    for statement in PREPARATION {
-        site.cluster.sql(statement).await.with_context(|| (*statement).to_owned())?;
-    }
-    let mut cases: Vec<(String, Target, BTreeMap<String, String>)> = Vec::new();
-    for round in ROUNDS {
-        for &statement in round {
-            // CREATE DATABASE has no strategies before 15, and knows only one.
-            let statement = match major.number() {
-                ..15 => statement.split(" STRATEGY").next().unwrap_or(statement),
-                _ => statement,
-            };
-            site.cluster.sql(statement).await.with_context(|| statement.to_owned())?;
-        }
-        let contents = contents(&site.cluster).await?;
-        site.ledger.wait_for(40, PATIENCE).await?;
-        let before = site.ledger.moment(&session).await?;
-        let taken = take(&site).await?;
-        ensure!(taken.parent.is_some() && taken.stored < taken.database / 2, "{taken:?}");
-        let target = Target::Snapshot { stop: before.lsn };
-        cases.push((format!("snapshot:{}", taken.id), target, contents));
-    }
-    site.ledger.wait_for(40, PATIENCE).await?;
-    let last = contents(&site.cluster).await?;
-    site.ledger.stop().await?;
-    site.all_stored().await?;
-    cases.push(("latest".to_owned(), Target::All, last));
-    for (number, (to, target, expected)) in cases.iter().enumerate() {
-        let name = format!("restored-{number}");
-        let (mut restored, _) = site.restore_and_start(&name, to, &[]).await?;
-        site.judge(&restored, target).await.with_context(|| format!("--to {to}"))?;
-        let found = contents(&restored).await?;
-        ensure!(found == *expected, "--to {to}: {found:#?} and not {expected:#?}");
-        restored.stop().await?;
-    }
-    Ok(())
-}
-on_drawn_major!(each_snapshot_under_all_ddl);
-
-const PREPARATION: &[&str] = &[
-    "CREATE TABLE mixed AS SELECT n AS id, md5(n::text) AS t FROM generate_series(1, 30000) n",
-    "ALTER TABLE mixed ADD PRIMARY KEY (id)",
-    "CREATE INDEX mixed_t ON mixed (t)",
-    "CREATE TABLE moved AS SELECT n AS id, repeat('m', 50) AS t FROM generate_series(1, 8000) n",
-    "CREATE TABLE dropped AS SELECT n AS id, repeat('d', 50) AS t FROM generate_series(1, 8000) n",
-    "CREATE TABLE shrinks AS SELECT n AS id, repeat('s', 90) AS t FROM generate_series(1, 9000) n",
-    "CREATE TABLE refilled AS SELECT n AS id, repeat('r', 90) AS t FROM generate_series(1, 9000) n",
-    "CREATE TABLE wide AS SELECT n AS id, (SELECT string_agg(md5((n * k)::text), '') FROM generate_series(1, 200) k) AS t \
-     FROM generate_series(1, 200) n",
-    "CREATE UNLOGGED TABLE volatile AS SELECT n AS id, 'x' AS t FROM generate_series(1, 5000) n",
-    "CHECKPOINT",
-];
-
-const ROUNDS: [&[&str]; 3] = [
-    &[
-        "CREATE DATABASE copied STRATEGY wal_log",
-        "UPDATE mixed SET t = md5(t) WHERE id % 97 = 0",
-        "TRUNCATE refilled",
-        "INSERT INTO refilled SELECT n, repeat('q', 40) FROM generate_series(1, 500) n",
-        "VACUUM FULL mixed",
-    ],
-    &[
-        "CREATE DATABASE cloned STRATEGY file_copy",
-        "DELETE FROM shrinks WHERE id > 3000",
-        "VACUUM shrinks",
-        "CLUSTER mixed USING mixed_t",
-        "REINDEX TABLE mixed",
-        "ALTER TABLE moved SET TABLESPACE space",
-        "UPDATE wide SET t = t || 'x' WHERE id % 9 = 0",
-        "CHECKPOINT",
-    ],
-    &[
-        "DROP DATABASE copied",
-        "DROP TABLE dropped",
-        "CREATE TABLE dropped AS SELECT n AS id, repeat('e', 20) AS t FROM generate_series(1, 300) n",
-        "INSERT INTO shrinks SELECT n, repeat('t', 90) FROM generate_series(9001, 12000) n",
-        "ALTER TABLE moved SET TABLESPACE pg_default",
-        "UPDATE mixed SET t = md5(t) WHERE id % 201 = 0",
-        "ALTER TABLE volatile SET LOGGED",
-        "VACUUM",
-    ],
-];
-
-/// A digest of each table that only the test writes to, and the databases. Of an unlogged table nothing is left after recovery.
-async fn contents(cluster: &Cluster) -> Result<BTreeMap<String, String>> {
-    let mut contents = BTreeMap::new();
-    for table in ["mixed", "moved", "dropped", "shrinks", "refilled", "wide", "volatile"] {
-        let kind = format!("SELECT relpersistence FROM pg_class WHERE relname = '{table}'");
-        if cluster.value(&kind).await? == "u" {
-            continue;
-        }
-        let query = format!(
-            "SELECT count(*) || ' ' || md5(string_agg(id || t, ',' ORDER BY id)) FROM {table}"
-        );
-        contents.insert(table.to_owned(), cluster.value(&query).await?);
-    }
-    let databases = "SELECT string_agg(datname, ' ' ORDER BY datname) FROM pg_database";
-    contents.insert("databases".to_owned(), cluster.value(databases).await?);
-    Ok(contents)
 }
 
 /// Nothing changed, little changed; and the same when the cache is gone, cut off, an old one, or another cluster's.
