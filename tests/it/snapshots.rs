@@ -1,7 +1,7 @@
 //! Snapshots that refer to each other: each costs what changed, and says which pages are damaged. What they restore to is
 //! in `mixed`.
 
-use crate::site::{PATIENCE, Site};
+use crate::site::{PATIENCE, Site, configuration, restore};
 use anyhow::{Context, Result, ensure};
 use backstay_common::lsn::Lsn;
 use backstay_tests::ledger::Target;
@@ -11,8 +11,10 @@ use backstay_tests::postgres::Cluster;
 use backstay_tests::programs::{Configuration, Deployment};
 use backstay_tests::scene::Scene;
 use serde_json::Value;
+use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::time::Instant;
 
 /// What an unchanged database may cost.
 const UNCHANGED_BYTES_MAX: u64 = 1_000_000;
@@ -130,8 +132,7 @@ async fn a_corrupt_page_stays_reported(scene: &Scene, major: Major) -> Result<()
     site.cluster.sql("CHECKPOINT").await?;
     ensure!(take(&site).await?.corrupt == 0);
     let path = site.cluster.value("SELECT pg_relation_filepath('victim')").await?;
-    let file =
-        std::fs::File::options().read(true).write(true).open(site.cluster.data().join(&path))?;
+    let file = File::options().read(true).write(true).open(site.cluster.data().join(&path))?;
     let flip = || -> Result<()> {
         let mut byte = [0];
         let at = 3 * 8192 + 5000;
@@ -145,9 +146,11 @@ async fn a_corrupt_page_stays_reported(scene: &Scene, major: Major) -> Result<()
         ensure!(taken.corrupt == 1, "round {round}: {taken:?}");
         let told = |status: &Value| {
             let alarms = status["alarms"].as_array().cloned().unwrap_or_default();
-            alarms
-                .iter()
-                .any(|alarm| alarm["name"] == "page-corrupt" && alarm["subject"] == path.as_str())
+            alarms.iter().any(|alarm| {
+                alarm["name"] == "page-corrupt"
+                    && alarm["subject"] == path.as_str()
+                    && alarm.to_string().contains(": block 3 fails its checksum")
+            })
         };
         site.agent.wait_until("the page is told of", PATIENCE, told).await?;
         tokio::time::sleep(std::time::Duration::from_millis(2500)).await;
@@ -157,3 +160,88 @@ async fn a_corrupt_page_stays_reported(scene: &Scene, major: Major) -> Result<()
     Ok(())
 }
 on_drawn_major!(a_corrupt_page_stays_reported);
+
+/// The page that is torn.
+const TORN: u64 = 3;
+const PAGE: usize = 8192;
+/// The agent must be stopped between the backup's start and the reading of one page; it may be too fast.
+const TEARS_MAX: usize = 6;
+
+/// One half of a page is written after the backup has begun, and the other half after the backup has read it.
+async fn a_torn_page_is_no_damage(scene: &Scene, major: Major) -> Result<()> {
+    // No page is written to the disk but by a checkpoint.
+    let cluster = Cluster::build(scene, &major)
+        .setting("bgwriter_lru_maxpages", "0")
+        .setting("shared_buffers", "64MB")
+        .setting("autovacuum", "off")
+        .start()
+        .await?;
+    let configuration = configuration(scene, &cluster)?;
+    let mut site = Site::of(scene, cluster, configuration).await?;
+    site.ledger.stop().await?;
+    site.cluster
+        .sql("CREATE TABLE torn AS SELECT n, md5(n::text) AS m FROM generate_series(1, 2000) n")
+        .await?;
+    site.cluster.sql("CHECKPOINT").await?;
+    for number in 1..=TEARS_MAX {
+        let torn = snapshot_with_a_tear(&mut site).await?;
+        site.all_stored().await?;
+        let dir = scene.path(&format!("restored-{number}"));
+        restore(&site.deployment, &dir, "latest", &[]).await?.success()?;
+        let path = site.cluster.value("SELECT pg_relation_filepath('torn')").await?;
+        if page_of(&File::open(dir.join(path))?, TORN)? != torn {
+            continue;
+        }
+        let mut restored = Cluster::of(scene, &major, &dir)?;
+        restored.start().await?;
+        restored.wait_until_writable(PATIENCE).await?;
+        let query = "SELECT count(*) || md5(string_agg(n || m, ',' ORDER BY n)) FROM torn";
+        let expected = site.cluster.value(query).await?;
+        ensure!(restored.value(query).await? == expected, "replay has not mended the page");
+        return site.judge(&restored, &Target::All).await.map(drop);
+    }
+    anyhow::bail!("no snapshot of {TEARS_MAX} has a torn page")
+}
+on_drawn_major!(a_torn_page_is_no_damage);
+
+/// A snapshot for which half of a page of `torn` is as it was and half is new; the page so. Nothing may be said to be damaged.
+async fn snapshot_with_a_tear(site: &mut Site<'_>) -> Result<Vec<u8>> {
+    const HAS_BEGUN: &str = "SELECT count(*) FROM pg_stat_activity \
+         WHERE state = 'idle' AND query ~ '^select pg_(backup_start|start_backup)'";
+    let session = site.cluster.connect().await?;
+    // Read before the table: it lies in an earlier folder, and is of new pages.
+    let early = site.cluster.data().join("base/1/999999");
+    File::create(&early)?.set_len(1 << 30)?;
+    site.scene.give(&early)?;
+    let path = session.value("SELECT pg_relation_filepath('torn')").await?;
+    let file = File::options().read(true).write(true).open(site.cluster.data().join(path))?;
+    let old = page_of(&file, TORN)?;
+
+    let deployment = site.deployment.clone();
+    let taking =
+        tokio::spawn(async move { deployment.agent_command(&["snapshot", "--json"]).await });
+    let deadline = Instant::now() + PATIENCE;
+    while session.value(HAS_BEGUN).await? == "0" {
+        ensure!(Instant::now() < deadline, "no backup begins");
+    }
+    site.agent.freeze()?;
+    session.batch_execute("UPDATE torn SET n = -n").await?;
+    session.batch_execute("CHECKPOINT").await?;
+    let new = page_of(&file, TORN)?;
+    let torn = [&new[..PAGE / 2], &old[PAGE / 2..]].concat();
+    ensure!(torn != old && torn != new, "the update has not changed both halves of the page");
+    file.write_all_at(&torn, TORN * PAGE as u64)?;
+    site.agent.thaw()?;
+    let outcome = taking.await??.success()?.json()?;
+    file.write_all_at(&new, TORN * PAGE as u64)?;
+    ensure!(outcome["corrupt_pages"] == 0, "{outcome}");
+    let status = site.agent.status().await?;
+    ensure!(!status["alarms"].to_string().contains("page-corrupt"), "{}", status["alarms"]);
+    Ok(torn)
+}
+
+fn page_of(file: &File, number: u64) -> Result<Vec<u8>> {
+    let mut page = vec![0; PAGE];
+    file.read_exact_at(&mut page, number * PAGE as u64)?;
+    Ok(page)
+}
