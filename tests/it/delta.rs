@@ -91,7 +91,10 @@ impl<'s> Accident<'s> {
     async fn judge(&mut self) -> Result<()> {
         self.site.cluster.start().await?;
         self.site.cluster.wait_until_writable(PATIENCE).await?;
-        let restored = &self.site.cluster;
+        self.judge_running(&self.site.cluster).await
+    }
+
+    async fn judge_running(&self, restored: &Cluster) -> Result<()> {
         self.site.judge(restored, &Target::Time(self.moment.micros)).await?;
         for (query, expected) in [
             ("SELECT count(*) FROM bulk WHERE m = md5(n::text)", "300000"),
@@ -167,6 +170,25 @@ async fn back_over_the_cluster(scene: &Scene, major: Major) -> Result<()> {
     Ok(())
 }
 on_drawn_major!(back_over_the_cluster);
+
+/// In one command, to a server that takes writes.
+async fn back_and_started(scene: &Scene, major: Major) -> Result<()> {
+    let mut accident = Accident::happen(scene, &major).await?;
+    accident.stop_all().await?;
+    let (data, to) = (accident.data(), accident.moment.rfc3339.clone());
+    let name = data.file_name().and_then(|name| name.to_str()).context("its folder")?;
+    let arguments = ["--delta", "--tablespace", &accident.mapping];
+    let (mut restored, _) = accident.site.restore_and_start(name, &to, &arguments).await?;
+    ensure!(restored.data() == data, "{} was restored", restored.data().display());
+    accident.judge_running(&restored).await?;
+    // Nothing is left to be done: it comes up again by itself, and goes on.
+    restored.sql("INSERT INTO shrinking VALUES (50001, md5('50001'))").await?;
+    restored.restart().await?;
+    let found = restored.value("SELECT count(*) FROM shrinking WHERE m = md5(n::text)").await?;
+    ensure!(found == "50001", "{found} rows after a restart");
+    Ok(())
+}
+on_drawn_major!(back_and_started);
 
 /// Killed at any moment, the cluster cannot be started by accident, and the same command finishes.
 async fn killed_in_the_middle(scene: &Scene, major: Major) -> Result<()> {

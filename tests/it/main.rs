@@ -9,6 +9,8 @@
 //! | `restore` | every kind of target, on every major, under constant load |
 //! | `delta` | restored over the cluster's own directory |
 //! | `options` | page checksums, segment sizes, tablespaces, generations, and what `restore` offers |
+//! | `memory` | the agent's memory, however many and large the files are |
+//! | `mixed` | snapshots under all kinds of DDL, and moments between, on each way to take them |
 //! | `kill` | agent and server killed at any moment, state lost |
 //! | `snapshots` | snapshots that refer to each other: right, and at the cost of what changed |
 //! | `s3` | the same over S3, with faults and refusing locations |
@@ -27,6 +29,8 @@ mod harness;
 mod integrity;
 mod interrupted;
 mod kill;
+mod memory;
+mod mixed;
 mod options;
 mod refusals;
 mod restore;

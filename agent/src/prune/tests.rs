@@ -768,7 +768,15 @@ fn manifest(id: SnapshotId, snap: &Snap, branch: Branch, epoch: &Epoch) -> Seale
     let entry = |(pack, size): &(ObjectId, u64)| {
         let mut salt = [0; 32];
         salt[..8].copy_from_slice(pack.as_bytes());
-        PackEntry { epoch: 0, salt, commitment: [0; 32], size: *size, hash: [0; 32], live_bytes: 1 }
+        PackEntry {
+            epoch: 0,
+            salt,
+            commitment: [0; 32],
+            size: *size,
+            hash: [0; 32],
+            live_bytes: 1,
+            frame_bytes: None,
+        }
     };
     let plain = ManifestPlain {
         snapshot: id,

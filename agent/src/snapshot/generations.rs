@@ -509,6 +509,20 @@ fn what_is_left_in_a_pack_that_is_hardly_used_is_stored_again() {
     });
 }
 
+/// Of frames of zeros the footer, with the pages' hashes, is nearly all of the pack.
+#[test]
+fn pages_of_zeros_are_stored_once() {
+    on_a_runtime(async {
+        let mut history = History::new().await;
+        history.write("1", vec![0; 32 << 20]);
+        history.snapshot().await;
+        assert!(history.snapshot().await < 1000);
+        history.write("2", noise(1, 100_000));
+        history.snapshot().await;
+        assert!(history.snapshot().await < 1000, "a pack of the parent's parent");
+    });
+}
+
 #[test]
 fn without_the_cache_everything_is_known_from_the_parent() {
     on_a_runtime(async {

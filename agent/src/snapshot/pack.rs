@@ -202,5 +202,6 @@ fn entry(sealed: &Sealed) -> PackEntry {
         size: sealed.bytes.len() as u64,
         hash: sealed.hash(),
         live_bytes: 0,
+        frame_bytes: Some(sealed.spans.iter().map(|span| u64::from(span.sealed_bytes)).sum()),
     }
 }

@@ -124,8 +124,10 @@ fn keeps(worn: &HashSet<ObjectId>, bytes: &BytesRef) -> bool {
 
 /// The packs of which too little is in use.
 pub fn worn_packs(plain: &ManifestPlain) -> HashSet<ObjectId> {
+    // The footer is no less in use for being large: of frames of zeros it is nearly all of the pack.
     let is_worn = |pack: &&PackEntry| {
-        pack.live_bytes.saturating_mul(100) < pack.size.saturating_mul(PACK_LIVE_MIN_PERCENT)
+        let frame_bytes = pack.frame_bytes.unwrap_or(pack.size);
+        pack.live_bytes.saturating_mul(100) < frame_bytes.saturating_mul(PACK_LIVE_MIN_PERCENT)
     };
     plain.packs.iter().filter(is_worn).map(PackEntry::id).collect()
 }

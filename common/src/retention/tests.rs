@@ -67,6 +67,7 @@ impl Story {
             size: 9,
             hash: [0; 32],
             live_bytes: 1,
+            frame_bytes: None,
         };
         let plain = ManifestPlain {
             snapshot,

@@ -108,6 +108,9 @@ pub struct PackEntry {
     /// Sealed bytes of the frames that this snapshot uses.
     #[n(5)]
     pub live_bytes: u64,
+    /// Sealed bytes of all its frames: what is left of `size` is header and footer. None before agents said it.
+    #[n(6)]
+    pub frame_bytes: Option<u64>,
 }
 
 impl PackEntry {
@@ -301,6 +304,7 @@ mod tests {
                 size: 3,
                 hash: [4; 32],
                 live_bytes: 2,
+                frame_bytes: Some(2),
             }],
             database_bytes: 100,
             stored_bytes: 3,

@@ -4,7 +4,7 @@ use crate::contents::{fixtures, span_meta};
 use crate::fixtures::all;
 use backstay_common::name::ObjectName;
 use backstay_common::seal::{Codec, Header, Object, ObjectKind, Suite, Unpacker};
-use backstay_common::snapshot::{FileKind, FrameUse, Manifest};
+use backstay_common::snapshot::{FileKind, FrameUse, Manifest, PackEntry};
 use backstay_common::wal::WalVersion;
 use backstay_common::{cbor, keys, lsn, seal, snapshot, wal};
 use minicbor::Decoder;
@@ -195,7 +195,13 @@ async fn records() -> BTreeMap<&'static str, Vec<Vec<u8>>> {
     add(&mut records, "Summary", cbor::encode(&summary));
     let manifest = objects.keys().find(|n| ObjectKind::of(n) == ObjectKind::Manifest).unwrap();
     let manifest = Manifest::open(objects[manifest].clone(), manifest, &epoch).unwrap();
-    add(&mut records, "PackEntry", cbor::encode(&manifest.plain.packs[0]));
+    let pack = &manifest.plain.packs[0];
+    add(&mut records, "PackEntry", cbor::encode(pack));
+    add(
+        &mut records,
+        "PackEntry",
+        cbor::encode(&PackEntry { frame_bytes: Some(1), ..pack.clone() }),
+    );
     add(&mut records, "Tablespace", cbor::encode(&manifest.root.tablespaces[0]));
     add(&mut records, "ConfigFile", cbor::encode(&manifest.root.config_files[0]));
     add(&mut records, "CorruptPage", cbor::encode(&manifest.root.corrupt_pages[0]));

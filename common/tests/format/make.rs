@@ -160,6 +160,7 @@ fn manifest(epoch: &Epoch, packs: &[Sealed], table: BytesRef) -> Manifest {
         size: sealed.bytes.len() as u64,
         hash: sealed.hash(),
         live_bytes: sealed.spans.iter().map(|span| u64::from(span.sealed_bytes)).sum(),
+        frame_bytes: None,
     };
     let plain = ManifestPlain {
         snapshot: snapshot(),

@@ -77,6 +77,7 @@ fn entry_of(pack: &Sealed) -> PackEntry {
         size: pack.bytes.len() as u64,
         hash: pack.hash(),
         live_bytes: 1,
+        frame_bytes: None,
     }
 }
 
