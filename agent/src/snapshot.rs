@@ -309,7 +309,7 @@ impl Taking<'_> {
         let reading = self.reading(page_bytes, segment_pages, control.has_checksums(), start)?;
         let mut assembler = self.assembler(&onto, &reading);
         let messages = self.pool(&onto, &reading, cores(), JOBS_MAX).start_on(&tree)?;
-        let needed = start.align_down(u64::from(control.segment_size.bytes()));
+        let needed = start.align_down(control.segment_size.bytes());
         let mut watch = Watch { session: &mut session, wal: &self.wal, needed };
         watch.during(assembler.take_all(messages)).await?;
         let (control, mode, bytes) = blocking(move || read_control(&tree.data_dir)).await?;

@@ -72,7 +72,7 @@ pub fn mark(
 }
 
 /// A list that has been made under our generation, with when the store took it.
-pub fn lists<'a>(look: &'a Look) -> impl Iterator<Item = (Timestamp, &'a Condemned)> {
+pub fn lists(look: &Look) -> impl Iterator<Item = (Timestamp, &Condemned)> {
     let ours = look.view.condemned.iter().filter(|(_, list)| list.generation == GENERATION);
     ours.filter_map(|(name, list)| Some((*look.modified.get(name)?, list)))
 }

@@ -717,7 +717,7 @@ impl World {
                     }
                     ObjectName::Wal { branch, range, .. } => {
                         let index = self.branches.iter().position(|b| b.branch == *branch).unwrap();
-                        let replayed = listed.iter().any(|(_, snap)| {
+                        listed.iter().any(|(_, snap)| {
                             (0..self.branches.len()).any(|tip| {
                                 let chain = self.chain(tip);
                                 let leg = chain.iter().find(|leg| leg.0 == index);
@@ -730,8 +730,7 @@ impl World {
                                     && is_later
                                     && leg.is_some_and(|leg| range.start.get() < leg.2)
                             })
-                        });
-                        replayed
+                        })
                     }
                     // The word that damage was acknowledged stays as long as the damage is there.
                     ObjectName::Pin { .. } => {
@@ -954,7 +953,7 @@ fn what_was_read_is_not_read_again() {
     // The list of what was condemned is new; after that there is the clock, and the listing.
     requests();
     assert_eq!(requests(), 2, "at first it were {first}");
-    assert!(first > 6 && world.stores[0].memory.len() > 4);
+    assert!(first > 6 && world.stores[0].memory.count() > 4);
 }
 
 #[test]

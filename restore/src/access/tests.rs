@@ -77,7 +77,7 @@ async fn the_newest_of_the_clusters_systems_is_meant_until_told_otherwise() {
     let settings = LocationSettings::new("old".parse().unwrap(), old.as_str());
     let location = Location::open(&settings).unwrap();
     location.put(&accepted.name, accepted.bytes).await.unwrap();
-    let access = place.access(&[old.clone()]).await.unwrap();
+    let access = place.access(std::slice::from_ref(&old)).await.unwrap();
     assert_eq!((access.system, &access.systems[..]), (system, &[system, SystemId::new(9)][..]));
     // The new location was made for the new system; its record is the older word on it.
     let both = place.access(&[new, old]).await.unwrap();
