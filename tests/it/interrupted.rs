@@ -17,7 +17,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 const TRIAL: &str = "[retention]\nwindow = \"1h\"\ngrace = \"2s\"\n";
-const ROUNDS: i64 = 3;
+const ROUNDS: i64 = 2;
 
 fn packs(root: &Path) -> Result<usize> {
     Ok(folder::named(root, "/pack/")?.len())

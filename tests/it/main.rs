@@ -11,6 +11,7 @@
 //! | `options` | page checksums, segment sizes, tablespaces, generations, and what `restore` offers |
 //! | `memory` | the agent's memory, however many and large the files are |
 //! | `mixed` | snapshots under all kinds of DDL, and moments between, on each way to take them |
+//! | `interrupted` | snapshots that are killed and taken up again |
 //! | `kill` | agent and server killed at any moment, state lost |
 //! | `snapshots` | snapshots that refer to each other: right, and at the cost of what changed |
 //! | `s3` | the same over S3, with faults and refusing locations |
@@ -27,6 +28,7 @@ mod delta;
 mod folder;
 mod harness;
 mod integrity;
+mod interrupted;
 mod interrupted;
 mod kill;
 mod memory;
