@@ -48,8 +48,6 @@ mod cut;
 mod diff;
 #[cfg(test)]
 mod fixture;
-#[cfg(test)]
-mod generations;
 mod hash_key;
 mod label;
 mod leftover;
@@ -71,6 +69,8 @@ mod server_manifest;
 mod session;
 mod ship;
 mod tar;
+#[cfg(test)]
+mod tests;
 mod usage;
 mod walk;
 

@@ -29,7 +29,6 @@ mod folder;
 mod harness;
 mod integrity;
 mod interrupted;
-mod interrupted;
 mod kill;
 mod memory;
 mod mixed;
