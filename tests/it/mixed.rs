@@ -46,7 +46,7 @@ async fn under_all_ddl(scene: &Scene, major: Major) -> Result<()> {
     let cluster = Cluster::build(scene, &major).start().await?;
     let configuration = configuration(scene, &cluster)?;
     let site = Site::of(scene, cluster, configuration).await?;
-    Play::begin(site).await?.to_the_end().await
+    Play::begin(site).await?.run_to_end().await
 }
 on_drawn_major!(under_all_ddl);
 
@@ -56,7 +56,7 @@ async fn under_all_ddl_over_the_network(scene: &Scene, major: Major) -> Result<(
     cluster.sql(ROLE).await?;
     let configuration = over_the_network(scene, &cluster)?;
     let site = Site::of(scene, cluster, configuration).await?;
-    Play::begin(site).await?.to_the_end().await
+    Play::begin(site).await?.run_to_end().await
 }
 mod under_all_ddl_over_the_network_on {
     backstay_tests::on_each_major!(@ under_all_ddl_over_the_network pg14 14, pg18 18);
@@ -110,7 +110,7 @@ impl<'s> Play<'s> {
         })
     }
 
-    async fn to_the_end(mut self) -> Result<()> {
+    async fn run_to_end(mut self) -> Result<()> {
         let extent = Extent::get();
         for snapshot in 0..extent.snapshots {
             let moments = if snapshot > 0 { extent.moments } else { 0 };
