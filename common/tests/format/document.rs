@@ -4,7 +4,7 @@ use crate::contents::{fixtures, span_meta};
 use crate::fixtures::all;
 use backstay_common::name::ObjectName;
 use backstay_common::seal::{Codec, Header, Object, ObjectKind, Suite, Unpacker};
-use backstay_common::snapshot::{FileKind, FrameUse, Manifest, PackEntry};
+use backstay_common::snapshot::{FileKind, FrameUse, Manifest, ManifestPlain, PackEntry};
 use backstay_common::wal::WalVersion;
 use backstay_common::{cbor, keys, lsn, seal, snapshot, wal};
 use minicbor::Decoder;
@@ -195,7 +195,10 @@ async fn records() -> BTreeMap<&'static str, Vec<Vec<u8>>> {
     add(&mut records, "Summary", cbor::encode(&summary));
     let manifest = objects.keys().find(|n| ObjectKind::of(n) == ObjectKind::Manifest).unwrap();
     let manifest = Manifest::open(objects[manifest].clone(), manifest, &epoch).unwrap();
-    // As agents write it today; the stored examples are of before.
+    // As agents write them today; the stored examples are of before.
+    let abandoned = Some(vec![manifest.plain.snapshot]);
+    let plain = cbor::encode(&ManifestPlain { abandoned, ..manifest.plain.clone() });
+    records.entry("ManifestPlain").or_default().push(plain);
     let pack = PackEntry { frame_bytes: Some(1), ..manifest.plain.packs[0].clone() };
     add(&mut records, "PackEntry", cbor::encode(&pack));
     add(&mut records, "Tablespace", cbor::encode(&manifest.root.tablespaces[0]));
