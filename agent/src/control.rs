@@ -131,7 +131,7 @@ async fn answer(
         Ok(Request::Prune(options)) => {
             let report = match options.dry_run {
                 // Changes nothing, and need not wait for a snapshot to end.
-                true => prune::run(context, options, true).await,
+                true => prune::run(context, options).await,
                 false => keeper.prune(options).await,
             };
             let reply = report.map_or_else(|e| Reply::of_error(&e), |r| Reply::Pruned(Box::new(r)));

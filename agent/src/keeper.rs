@@ -301,7 +301,7 @@ impl KeeperTask {
     async fn prune(&mut self, options: PruneOptions) -> Result<PruneReport> {
         let report = tokio::select! {
             () = self.context.stop.cancelled() => return Err(Error::new(Kind::Cancelled, "the agent is stopping")),
-            report = prune::run(&self.context, options, self.prune_failed) => report,
+            report = prune::run(&self.context, options) => report,
         };
         let again = Timestamp::now().checked_add(PRUNE_AGAIN_AFTER[usize::from(self.prune_failed)]);
         self.prune_failed = !report.as_ref().is_ok_and(|report| report.failed.is_empty());

@@ -218,27 +218,22 @@ async fn pruner<'a>(
     })
 }
 
-/// Prunes the agent's locations, and keeps the alarms about it. Nothing is urgent about a location that is down for a
-/// moment: only `again`, where it was before, is that an alarm.
-pub async fn run(
-    context: &AgentContext,
-    options: PruneOptions,
-    again: bool,
-) -> Result<PruneReport> {
+/// Prunes the agent's locations, and keeps the alarms about it. That a location is down is another alarm's to say.
+pub async fn run(context: &AgentContext, options: PruneOptions) -> Result<PruneReport> {
     let own = context.systems.own(context).await;
     let mut report = pruner(context, &own).await?.run(options).await;
     for system in context.systems.others(context).await? {
         report.add(pruner(context, &system).await?.run(options).await);
     }
     if !options.dry_run {
-        alarm(context, &report, again);
+        alarm(context, &report);
     }
     Ok(report)
 }
 
-fn alarm(context: &AgentContext, report: &PruneReport, again: bool) {
+fn alarm(context: &AgentContext, report: &PruneReport) {
     let worth_telling =
-        |(location, _): &&(LocationName, String)| again || !report.unavailable.contains(location);
+        |(location, _): &&(LocationName, String)| !report.unavailable.contains(location);
     for (location, reason) in report.failed.iter().filter(worth_telling) {
         context.alarms.raise("prune-failed", location.as_str(), reason);
     }
