@@ -97,6 +97,9 @@ pub struct Catalog {
     pub branches: BTreeMap<Branch, BranchEntry>,
     pub snapshots: BTreeMap<SnapshotId, SnapshotEntry>,
     pub heads: BTreeMap<AgentName, BTreeMap<u64, Places>>,
+    pub leases: BTreeMap<u64, Places>,
+    /// By branch, range and id.
+    pub gaps: BTreeMap<(Branch, LsnRange, ObjectId), Places>,
 }
 
 impl Catalog {
@@ -135,6 +138,8 @@ impl Catalog {
             branches: BTreeMap::new(),
             snapshots: BTreeMap::new(),
             heads: BTreeMap::new(),
+            leases: BTreeMap::new(),
+            gaps: BTreeMap::new(),
         }
     }
 
@@ -162,6 +167,12 @@ impl Catalog {
             Some(ObjectName::Head { agent, seq, .. }) => {
                 join(self.heads.entry(agent.clone()).or_default().entry(*seq).or_default());
             }
+            Some(ObjectName::Lease { generation, .. }) => {
+                join(self.leases.entry(*generation).or_default());
+            }
+            Some(ObjectName::Gap { branch, range, id, .. }) => {
+                join(self.gaps.entry((*branch, *range, *id)).or_default());
+            }
             _ => {}
         }
     }
@@ -170,7 +181,13 @@ impl Catalog {
 type WalByName = BTreeMap<(Branch, LsnRange, ObjectId), (u64, Places)>;
 
 async fn listing(location: &Location, system: SystemId) -> Result<Vec<Listed>> {
-    let folders = [folder::wal(system), folder::snapshots(system), folder::heads(system)];
+    let folders = [
+        folder::wal(system),
+        folder::snapshots(system),
+        folder::heads(system),
+        folder::leases(system),
+        folder::gaps(system),
+    ];
     let lists = futures::future::try_join_all(folders.iter().map(|f| location.list(f))).await?;
     Ok(lists.concat())
 }

@@ -21,6 +21,7 @@
 //! | [`keys`] | epochs, and the providers that wrap their keys |
 //! | [`seal`], [`cbor`], [`pool`] | the envelope of every object; encoded metadata; where codecs run |
 //! | [`cluster`], [`origin`], [`span`], [`head`] | the marker of a location; branches; stored WAL; idle coverage |
+//! | [`lease`], [`gap`] | who takes snapshots; WAL that nobody has |
 //! | [`snapshot`] | file maps, file table, manifest |
 //! | [`location`] | one object store that holds a complete copy |
 //! | [`catalog`] | what is in the locations, once listed |
@@ -34,9 +35,11 @@ pub mod config;
 pub mod control;
 pub mod error;
 pub mod format;
+pub mod gap;
 pub mod head;
 pub mod id;
 pub mod keys;
+pub mod lease;
 pub mod location;
 pub mod lsn;
 pub mod name;

@@ -26,6 +26,10 @@ pub enum ObjectName {
     Begin { system: SystemId, snapshot: SnapshotId },
     /// A snapshot is complete here.
     Manifest { system: SystemId, snapshot: SnapshotId },
+    /// Who takes snapshots, indexes and prunes.
+    Lease { system: SystemId, generation: u64 },
+    /// WAL that nobody has, and why.
+    Gap { system: SystemId, branch: Branch, range: LsnRange, id: ObjectId },
 }
 
 /// Folders of a location, for listings. Each ends in `/`.
@@ -70,6 +74,14 @@ pub mod folder {
     pub fn snapshots(system: SystemId) -> String {
         format!("{system}/snapshots/")
     }
+
+    pub fn leases(system: SystemId) -> String {
+        format!("{system}/lease/")
+    }
+
+    pub fn gaps(system: SystemId) -> String {
+        format!("{system}/gap/")
+    }
 }
 
 impl ObjectName {
@@ -83,7 +95,9 @@ impl ObjectName {
             | ObjectName::Head { system, .. }
             | ObjectName::Pack { system, .. }
             | ObjectName::Begin { system, .. }
-            | ObjectName::Manifest { system, .. } => Some(*system),
+            | ObjectName::Manifest { system, .. }
+            | ObjectName::Lease { system, .. }
+            | ObjectName::Gap { system, .. } => Some(*system),
         }
     }
 }
@@ -94,6 +108,7 @@ impl ObjectName {
         match self {
             ObjectName::Wrap { wrap: id, .. }
             | ObjectName::Wal { id, .. }
+            | ObjectName::Gap { id, .. }
             | ObjectName::Pack { id, .. } => Some(*id),
             _ => None,
         }
@@ -123,6 +138,15 @@ impl fmt::Display for ObjectName {
             ObjectName::Manifest { system, snapshot } => {
                 write!(f, "{system}/snapshots/{snapshot}/manifest")
             }
+            ObjectName::Lease { system, generation } => {
+                write!(f, "{system}/lease/{generation:020}")
+            }
+            ObjectName::Gap { system, branch, range, id } => write!(
+                f,
+                "{system}/gap/{branch}/{}-{}.{id}",
+                range.start.name(),
+                range.end.name()
+            ),
         }
     }
 }
@@ -152,13 +176,14 @@ fn parse(text: &str) -> Option<ObjectName> {
         }
         ["wal", branch, "origin"] => ObjectName::Origin { system, branch: branch.parse().ok()? },
         ["wal", branch, _, file] => {
-            let (range, id) = file.split_once('.')?;
-            let (start, end) = range.split_once('-')?;
-            let range = LsnRange::new(Lsn::from_name(start)?, Lsn::from_name(end)?);
-            let id = id.parse().ok()?;
-            (!range.is_empty()).then_some(())?;
+            let (range, id) = range_and_id(file)?;
             ObjectName::Wal { system, branch: branch.parse().ok()?, range, id }
         }
+        ["gap", branch, file] => {
+            let (range, id) = range_and_id(file)?;
+            ObjectName::Gap { system, branch: branch.parse().ok()?, range, id }
+        }
+        ["lease", generation] => ObjectName::Lease { system, generation: generation.parse().ok()? },
         ["head", agent, seq] => {
             ObjectName::Head { system, agent: agent.parse().ok()?, seq: seq.parse().ok()? }
         }
@@ -173,6 +198,15 @@ fn parse(text: &str) -> Option<ObjectName> {
     })
 }
 
+/// `<start>-<end>.<id>`
+fn range_and_id(file: &str) -> Option<(LsnRange, ObjectId)> {
+    let (range, id) = file.split_once('.')?;
+    let (start, end) = range.split_once('-')?;
+    let range = LsnRange::new(Lsn::from_name(start)?, Lsn::from_name(end)?);
+    let id = id.parse().ok()?;
+    (!range.is_empty()).then_some((range, id))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -182,7 +216,7 @@ mod tests {
 
     prop_compose! {
         fn any_name()(
-            which in 0..8, system: u64, bytes: [u8; 16], timeline in 1u32..,
+            which in 0..10, system: u64, bytes: [u8; 16], timeline in 1u32..,
             start in 0..u64::MAX, length in 1..u64::MAX, second in 0i64..4_000_000_000,
             agent in "[a-z][a-zA-Z0-9_.-]{0,20}", seq: u64,
         ) -> ObjectName {
@@ -201,6 +235,8 @@ mod tests {
                 4 => ObjectName::Head { system, agent: agent.parse().unwrap(), seq },
                 5 => ObjectName::Pack { system, id },
                 6 => ObjectName::Begin { system, snapshot },
+                7 => ObjectName::Lease { system, generation: seq },
+                8 => ObjectName::Gap { system, branch, range, id },
                 _ => ObjectName::Manifest { system, snapshot },
             }
         }

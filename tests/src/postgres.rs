@@ -8,6 +8,7 @@
 mod create;
 mod process;
 mod session;
+mod standby;
 
 pub use create::Builder;
 pub use process::{is_alive, kill_tree};

@@ -42,10 +42,12 @@ pub enum ObjectKind {
     Pack = 7,
     Begin = 8,
     Manifest = 9,
+    Lease = 12,
+    Gap = 13,
 }
 
 impl ObjectKind {
-    const ALL: [ObjectKind; 8] = [
+    const ALL: [ObjectKind; 10] = [
         ObjectKind::Cluster,
         ObjectKind::Wrap,
         ObjectKind::Origin,
@@ -54,6 +56,8 @@ impl ObjectKind {
         ObjectKind::Pack,
         ObjectKind::Begin,
         ObjectKind::Manifest,
+        ObjectKind::Lease,
+        ObjectKind::Gap,
     ];
 
     /// The kind of the object that `name` names.
@@ -67,6 +71,8 @@ impl ObjectKind {
             ObjectName::Pack { .. } => ObjectKind::Pack,
             ObjectName::Begin { .. } => ObjectKind::Begin,
             ObjectName::Manifest { .. } => ObjectKind::Manifest,
+            ObjectName::Lease { .. } => ObjectKind::Lease,
+            ObjectName::Gap { .. } => ObjectKind::Gap,
         }
     }
 
