@@ -3,18 +3,18 @@
 //! One snapshot at a time: all of it happens in one task. A run that was missed while the agent was down is caught up
 //! at the next start. A server that has come to another timeline, restored or promoted, gets a snapshot at once: replay
 //! across the switch works, but the newest state deserves a near beginning. So does WAL behind a gap, which
-//! cannot be reached in any other way.
+//! cannot be reached in any other way. Only the agent that holds the lease takes snapshots, and none while it stands by.
 
 use crate::context::AgentContext;
+use crate::lease::Leasing;
 use crate::schedule::Schedule;
 use crate::snapshot::{self, Reason, SnapshotOutcome, SnapshotProgress, SnapshotRequest};
 use crate::status::SnapshotStatus;
 use crate::sync::{self, SyncReport};
 use crate::wal::WalStatus;
-use backstay_common::id::SnapshotId;
+use backstay_common::id::{Branch, SnapshotId};
 use backstay_common::lsn::Lsn;
 use backstay_common::name::{ObjectName, folder};
-use backstay_common::segment::TimelineId;
 use backstay_common::snapshot::manifest::read_plain;
 use backstay_common::{Error, Kind, Result};
 use jiff::Timestamp;
@@ -24,6 +24,8 @@ use tokio::sync::{mpsc, oneshot, watch};
 
 /// How long after a failed snapshot the next attempt is made.
 const RETRY_AFTER: Duration = Duration::from_secs(300);
+/// How soon an agent that another one keeps from taking a snapshot looks again.
+const FENCED_RETRY_AFTER: Duration = Duration::from_secs(10);
 /// How often the locations are compared.
 const SYNC_EVERY: Duration = Duration::from_secs(3600);
 /// How often while a location lacks a snapshot that another one has.
@@ -73,12 +75,12 @@ impl Keeper {
     }
 }
 
-/// The newest snapshot, and the timeline that it was taken on if that is known.
+/// The newest snapshot, and the branch that it was taken on if that is known.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Newest {
     id: SnapshotId,
-    timeline: Option<TimelineId>,
-    /// The last gap that it lies behind.
+    branch: Option<Branch>,
+    /// Gaps that end here or before are closed by it.
     gap_end: Option<Lsn>,
 }
 
@@ -86,13 +88,14 @@ struct Newest {
 #[derive(Debug)]
 pub struct KeeperTask {
     context: Arc<AgentContext>,
+    leasing: Leasing,
     wal: watch::Receiver<WalStatus>,
     schedule: Schedule,
     requests: mpsc::Receiver<oneshot::Sender<Outcome>>,
     progress: watch::Sender<SnapshotProgress>,
     status: Arc<Mutex<SnapshotStatus>>,
-    /// The timeline, and the last gap, when the last snapshot began.
-    behind: (Option<TimelineId>, Option<Lsn>),
+    /// The branch, and the last gap, when the last snapshot began.
+    behind: (Option<Branch>, Option<Lsn>),
 }
 
 /// Why the keeper woke up.
@@ -101,10 +104,13 @@ enum Wake {
     Asked(oneshot::Sender<Outcome>),
     Due(Reason),
     Sync,
+    /// The server has left recovery.
+    TakeOver,
 }
 
 pub fn new(
     context: Arc<AgentContext>,
+    leasing: Leasing,
     wal: watch::Receiver<WalStatus>,
     schedule: Schedule,
 ) -> (Keeper, KeeperTask) {
@@ -112,9 +118,10 @@ pub fn new(
     let (progress, seen) = watch::channel(SnapshotProgress::default());
     let status = Arc::new(Mutex::new(SnapshotStatus::default()));
     let keeper = Keeper { requests: send, progress: seen, status: status.clone() };
+    let behind = (None, None);
     (
         keeper,
-        KeeperTask { context, wal, schedule, requests, progress, status, behind: (None, None) },
+        KeeperTask { context, leasing, wal, schedule, requests, progress, status, behind },
     )
 }
 
@@ -136,6 +143,11 @@ impl KeeperTask {
                     self.synchronise().await;
                     continue;
                 }
+                Wake::TakeOver => {
+                    last = self.last_snapshot().await;
+                    due = self.due_at_start(last);
+                    continue;
+                }
                 Wake::Asked(reply) => {
                     let outcome = self.take(Reason::Asked).await;
                     if let Ok(outcome) = &outcome {
@@ -153,6 +165,13 @@ impl KeeperTask {
                     last = self.newest(&outcome);
                     None
                 }
+                Err(error) if error.kind() == Kind::Fenced => {
+                    // Whoever keeps us from it takes it in our place.
+                    last = self.last_snapshot().await;
+                    let is_due = self.due_at_start(last).is_some()
+                        || last.is_some_and(|last| reason_of(&self.wal.borrow(), last).is_some());
+                    is_due.then_some((reason, FENCED_RETRY_AFTER))
+                }
                 Err(_) => Some((reason, RETRY_AFTER)),
             };
         }
@@ -161,13 +180,14 @@ impl KeeperTask {
     fn newest(&self, outcome: &SnapshotOutcome) -> Option<Newest> {
         if self.wal.borrow().gap_end == self.behind.1 {
             self.context.alarms.clear("wal-gap", "");
+            self.context.alarms.clear("wal-diverged", "");
             for location in &outcome.committed {
                 self.context.alarms.clear("location-hole", location.as_str());
             }
         }
-        let (timeline, gap_end) = self.behind;
-        let timeline = timeline.or(self.wal.borrow().timeline);
-        Some(Newest { id: outcome.id, timeline, gap_end })
+        let (branch, gap_end) = self.behind;
+        let branch = branch.or(self.wal.borrow().branch);
+        Some(Newest { id: outcome.id, branch, gap_end })
     }
 
     async fn wait(
@@ -176,17 +196,28 @@ impl KeeperTask {
         next: Option<Timestamp>,
         last: Option<Newest>,
     ) -> Wake {
+        if self.wal.borrow().standing_by {
+            return tokio::select! {
+                () = self.context.stop.cancelled() => Wake::Stop,
+                asked = self.requests.recv() => asked.map_or(Wake::Stop, Wake::Asked),
+                Ok(_) = self.wal.wait_for(|wal| !wal.standing_by) => Wake::TakeOver,
+            };
+        }
         let scheduled = (Reason::Scheduled, next.map_or(Duration::MAX, until));
         let (reason, after) = due.filter(|(_, after)| *after < scheduled.1).unwrap_or(scheduled);
-        let urgent = |wal: &WalStatus| last.is_some_and(|last| reason_of(wal, last).is_some());
+        let urgent = |wal: &WalStatus| {
+            wal.standing_by || last.is_some_and(|last| reason_of(wal, last).is_some())
+        };
         let next_sync = self.next_sync();
         tokio::select! {
             () = self.context.stop.cancelled() => Wake::Stop,
             asked = self.requests.recv() => asked.map_or(Wake::Stop, Wake::Asked),
             () = tokio::time::sleep(after.min(Duration::from_secs(86_400 * 30))) => Wake::Due(reason),
-            Ok(wal) = self.wal.wait_for(urgent), if due.is_none() => {
-                Wake::Due(last.and_then(|last| reason_of(&wal, last)).unwrap_or(reason))
-            }
+            Ok(wal) = self.wal.wait_for(urgent), if due.is_none() => match wal.standing_by {
+                // Waits for the end of that, next.
+                true => Wake::TakeOver,
+                false => Wake::Due(last.and_then(|last| reason_of(&wal, last)).unwrap_or(reason)),
+            },
             () = tokio::time::sleep(next_sync), if due.is_none() => Wake::Sync,
         }
     }
@@ -204,10 +235,11 @@ impl KeeperTask {
     async fn take(&mut self, reason: Reason) -> Outcome {
         let fast_checkpoint = self.context.settings.snapshot.fast_checkpoint
             || !matches!(reason, Reason::Scheduled | Reason::CaughtUp);
-        let request = SnapshotRequest { fast_checkpoint, reason };
         self.wait_for_a_later_name().await;
         self.wait_for_the_slot().await;
-        self.behind = (self.wal.borrow().timeline, self.wal.borrow().gap_end);
+        let generation = self.generation().await?;
+        let request = SnapshotRequest { fast_checkpoint, reason, generation };
+        self.behind = (self.wal.borrow().branch, self.wal.borrow().gap_end);
         self.update(|status| status.running = Some(SnapshotProgress::default()));
         let taken = tokio::select! {
             () = self.context.stop.cancelled() => {
@@ -228,11 +260,30 @@ impl KeeperTask {
         taken
     }
 
+    /// The lease; without it there is no snapshot. That another agent holds it is no failure of this one.
+    async fn generation(&self) -> Result<u64> {
+        let held = tokio::select! {
+            () = self.context.stop.cancelled() => {
+                return Err(Error::new(Kind::Cancelled, "the agent is stopping"));
+            }
+            held = self.leasing.held() => held,
+        };
+        if let Err(error) = &held {
+            match error.kind() {
+                Kind::Fenced => tracing::info!("no snapshot is taken here: {}", error.message()),
+                _ => self.context.alarms.raise("snapshot-failed", "", error),
+            }
+            let message = error.to_string();
+            self.update(|status| status.last_error = Some(message));
+        }
+        held
+    }
+
     /// A snapshot's checkpoint removes WAL that no slot holds: at the first start the slot comes first. A server that
     /// cannot be reached is the snapshot's to report.
     async fn wait_for_the_slot(&self) {
         let mut wal = self.wal.clone();
-        let streams = wal.wait_for(|wal| wal.connected);
+        let streams = wal.wait_for(|wal| wal.connected || wal.standing_by);
         let _ = tokio::time::timeout(SLOT_PATIENCE, streams).await;
     }
 
@@ -294,8 +345,9 @@ impl KeeperTask {
         let (id, location) = listings.into_iter().flatten().max_by_key(|(id, _)| *id)?;
         let name = ObjectName::Manifest { system: self.context.system, snapshot: id };
         let manifest = location.get(&name).await.and_then(|bytes| read_plain(&bytes, &name));
-        let timeline = manifest.ok().map(|(_, plain)| plain.branch.timeline);
-        Some(Newest { id, timeline, gap_end: None })
+        let plain = manifest.ok().map(|(_, plain)| plain);
+        let (branch, gap_end) = plain.map(|plain| (plain.branch, plain.start)).unzip();
+        Some(Newest { id, branch, gap_end })
     }
 
     fn update(&self, change: impl FnOnce(&mut SnapshotStatus)) {
@@ -305,10 +357,15 @@ impl KeeperTask {
 
 /// What the WAL path has met since the newest snapshot that wants another one at once.
 fn reason_of(wal: &WalStatus, last: Newest) -> Option<Reason> {
+    if wal.standing_by {
+        return None;
+    }
     if wal.gap_end > last.gap_end {
         return Some(Reason::AfterGap);
     }
-    (last.timeline.is_some() && wal.timeline > last.timeline).then_some(Reason::NewTimeline)
+    // The rest of an older timeline is on the way to the newer one.
+    let (now, then) = wal.branch.zip(last.branch)?;
+    (now != then && now.timeline >= then.timeline).then_some(Reason::NewTimeline)
 }
 
 fn until(moment: Timestamp) -> Duration {

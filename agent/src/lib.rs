@@ -20,6 +20,7 @@
 //! | [`wal`] | receive, decode, spool, ship, acknowledge |
 //! | [`snapshot`] | read the data directory, pack it, commit the manifest |
 //! | [`schedule`], [`keeper`] | when a snapshot is taken, and the one task that takes it |
+//! | [`lease`] | which agent may |
 //! | [`epochs`], [`writer`] | data keys; writing to a location in the order of the format |
 //! | [`sync`] | copies to a location what it lacks |
 //! | [`control`], [`status`], [`alarms`] | what the running agent tells |
@@ -33,6 +34,7 @@ pub mod control;
 pub mod epochs;
 pub mod init;
 pub mod keeper;
+pub mod lease;
 mod run;
 pub mod schedule;
 pub mod snapshot;

@@ -11,6 +11,7 @@ use crate::control;
 use crate::epochs::Epochs;
 use crate::init::check_record;
 use crate::keeper;
+use crate::lease::Leasing;
 use crate::schedule::Schedule;
 use crate::status::Status;
 use crate::wal::{self, WalStatus};
@@ -77,8 +78,9 @@ async fn supervise(
     schedule: Schedule,
     listener: tokio::net::UnixListener,
 ) -> Result<()> {
+    let leasing = Leasing::new(context.clone())?;
     let (wal_status, wal_seen) = watch::channel(WalStatus::default());
-    let (keeper, keeper_task) = keeper::new(context.clone(), wal_seen.clone(), schedule);
+    let (keeper, keeper_task) = keeper::new(context.clone(), leasing, wal_seen.clone(), schedule);
     let status = {
         let (context, keeper, started) = (context.clone(), keeper.clone(), jiff::Timestamp::now());
         Arc::new(move || Status {

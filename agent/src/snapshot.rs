@@ -78,6 +78,8 @@ pub struct SnapshotRequest {
     /// An immediate checkpoint; else PostgreSQL spreads it over minutes.
     pub fast_checkpoint: bool,
     pub reason: Reason,
+    /// Of the lease that is held.
+    pub generation: u64,
 }
 
 /// Why a snapshot is taken.
@@ -239,7 +241,8 @@ impl Taking<'_> {
     /// Also proves that there is a key to seal under.
     async fn begin(&self) -> Result<Parcel> {
         let agent = self.context.settings.agent.clone();
-        let begin = Begin { snapshot: self.id, agent, parent: None, generation: 0 };
+        let generation = self.request.generation;
+        let begin = Begin { snapshot: self.id, agent, parent: None, generation };
         let epoch = self.context.epochs.current().await?;
         let sealed = begin.seal(&epoch, self.context.system);
         Ok(Parcel::new(sealed.name, epoch.id(), sealed.bytes, None))
@@ -331,7 +334,7 @@ impl Taking<'_> {
             start: label.start,
             stop,
             segment_bytes: control.segment_size.bytes() as u32,
-            generation: 0,
+            generation: self.request.generation,
             began: self.id.began().as_second(),
             finished: jiff::Timestamp::now().as_second(),
             server_version: self.context.server_version,

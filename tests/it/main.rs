@@ -7,6 +7,7 @@
 //! | `tidy` | that the tree keeps to its layout |
 //! | `restore` | every kind of target, on every major, under constant load |
 //! | `options` | page checksums, segment sizes, tablespaces, generations, and what `restore` offers |
+//! | `failover` | servers that take over from each other, and agents that do |
 //! | `kill` | agent and server killed at any moment, state lost |
 //! | `s3` | the same over S3, with faults and refusing locations |
 //! | `integrity` | damaged, missing and swapped objects, wrong keys and clusters |
@@ -15,6 +16,7 @@
 //! | `status` | what the running agent tells, and when it takes snapshots |
 
 mod decoder;
+mod failover;
 mod folder;
 mod harness;
 mod integrity;

@@ -3,8 +3,10 @@
 use crate::contents::*;
 use backstay_common::cbor;
 use backstay_common::cluster::ClusterRecord;
+use backstay_common::gap::Gap;
 use backstay_common::head::Head;
 use backstay_common::keys::Epoch;
+use backstay_common::lease::Lease;
 use backstay_common::name::{ObjectName, folder};
 use backstay_common::origin::Origin;
 use backstay_common::seal::{Codec, FrameSpan, Header, Object, ObjectKind, Opener, Unpacker};
@@ -41,7 +43,7 @@ fn of_kind(objects: &BTreeMap<ObjectName, Bytes>, kind: ObjectKind) -> Vec<(&Obj
 #[tokio::test]
 async fn every_object_checks_without_a_key() {
     let (objects, _) = all().await;
-    assert_eq!(objects.len(), 11);
+    assert_eq!(objects.len(), 13);
     for (name, bytes) in &objects {
         assert_eq!(Header::check(bytes, name).unwrap().name(), name);
     }
@@ -50,6 +52,8 @@ async fn every_object_checks_without_a_key() {
     assert_eq!(cluster, ClusterRecord::new("orders".parse().unwrap(), SYSTEM, made));
     let (name, bytes) = of_kind(&objects, ObjectKind::Begin).remove(0);
     assert_eq!(Begin::read(&bytes, name).unwrap(), begin());
+    let (name, bytes) = of_kind(&objects, ObjectKind::Lease).remove(0);
+    assert_eq!(Lease::read(&bytes, name).unwrap(), lease());
 }
 
 #[tokio::test]
@@ -61,6 +65,8 @@ async fn branches_and_heads_open() {
         assert!(origin.agrees(&beginnings).unwrap(), "{name}");
         assert_eq!(origin.history(), beginnings.history.as_deref());
     }
+    let (name, bytes) = of_kind(&objects, ObjectKind::Gap).remove(0);
+    assert_eq!(Gap::open(bytes, name, &epoch).unwrap(), gap());
     let (name, expected) = head();
     assert_eq!(Head::open(objects[&name].clone(), &name, &epoch).unwrap(), expected);
 }
