@@ -93,7 +93,10 @@ async fn there_and_back(scene: &Scene, _: Major) -> Result<()> {
     let Some(major) = Majors::available().iter().find(|m| m.program("pg_rewind").exists()) else {
         return Ok(());
     };
-    let mut site = Site::start(scene, major).await?;
+    // The old primary wants WAL from where the two parted.
+    let cluster = Cluster::build(scene, major).setting("wal_keep_size", "256MB").start().await?;
+    let configuration = configuration(scene, &cluster)?;
+    let mut site = Site::of(scene, cluster, configuration).await?;
     let mut standby = site.cluster.standby(scene, "sb").await?;
     let b = deploy(&site, "b", &standby).await?;
     let mut agent = Agent::start(&b).await?;

@@ -7,6 +7,7 @@
 //! | `tidy` | that the tree keeps to its layout |
 //! | `restore` | every kind of target, on every major, under constant load |
 //! | `options` | page checksums, segment sizes, tablespaces, generations, and what `restore` offers |
+//! | `apart` | two histories of one cluster, two agents of one server, WAL that nobody has |
 //! | `failover` | servers that take over from each other, and agents that do |
 //! | `kill` | agent and server killed at any moment, state lost |
 //! | `s3` | the same over S3, with faults and refusing locations |
@@ -15,6 +16,7 @@
 //! | `tls` | logins over TLS |
 //! | `status` | what the running agent tells, and when it takes snapshots |
 
+mod apart;
 mod decoder;
 mod failover;
 mod folder;

@@ -5,7 +5,7 @@
 //! tell, bytes do: the last stored object of a branch must be what the server has in its place, else the branch is not joined.
 
 use super::{Session, ancestors, history_of, is_gone};
-use crate::wal::branch::{Joinable, Stock};
+use crate::wal::branch::{self, Joinable, Stock};
 use backstay_common::lsn::{Lsn, LsnRange};
 use backstay_common::origin::Beginnings;
 use backstay_common::postgres::{Connection, Identity, Mode, Stream, StreamMessage};
@@ -53,10 +53,15 @@ impl Session {
             .collect();
         steps.push(Step { timeline: identity.timeline, until: None });
         let stock = Stock::list(&self.path).await;
-        let mut next = None;
+        let (mut next, mut refuted) = (None, Vec::new());
         for step in steps.iter().rev() {
             let Ok(beginnings) = self.beginnings(connection, step.timeline).await else { break };
-            if let Some(found) = self.joinable(connection, &stock, &beginnings, step.until).await? {
+            let (found, other) =
+                self.joinable(connection, &stock, &beginnings, step.until).await?;
+            if other {
+                refuted.push(step.timeline);
+            }
+            if let Some(found) = found {
                 match (step.until, next) {
                     (Some(until), Some(next)) if found.frontier() >= until => {
                         return self.switch(connection, next, until).await;
@@ -71,7 +76,18 @@ impl Session {
         let timeline = on.map_or(identity.timeline, |step| step.timeline);
         let beginnings = self.beginnings(connection, timeline).await?;
         let begin = self.path.context.segment_size.start_of(held);
-        self.begin_line(beginnings, None, begin, Lsn::INVALID).await
+        let branch = match refuted.contains(&timeline) {
+            false => None,
+            // At its beginning the spool may look like the branch that the end has shown not to be ours.
+            true => {
+                let (branch, origin) = branch::open_another(&self.path, &beginnings).await?;
+                let sealed = self.path.sealed.clone();
+                super::super::blocking(move || sealed.keep_origin(branch, &origin)).await?;
+                tracing::warn!(%branch, "a branch of its own");
+                Some(branch)
+            }
+        };
+        self.begin_line(beginnings, branch, begin, Lsn::INVALID).await
     }
 
     /// The line that is spooled ends; that of timeline `next` begins with the segment that holds `at`, or where another
@@ -110,32 +126,33 @@ impl Session {
         self.begin_line(beginnings, Some(branch), begin, floor).await
     }
 
-    /// The branch that holds this server's WAL of a timeline, if any does.
+    /// The branch that holds this server's WAL of a timeline, if any does; and whether one that agrees does not.
     async fn joinable(
         &self,
         connection: &mut Connection,
         stock: &Stock,
         beginnings: &Beginnings,
         until: Option<Lsn>,
-    ) -> Result<Option<Joinable>> {
-        let mut unproved = Vec::new();
+    ) -> Result<(Option<Joinable>, bool)> {
+        let (mut unproved, mut refuted) = (Vec::new(), false);
         for candidate in stock.joinable(&self.path, beginnings).await {
             // Asked after the listing: whoever stored it may be streaming from this very server.
             let flush = connection.identify_system().await?.flush;
             match self.evidence(&candidate, beginnings.timeline, until, flush).await {
-                Ok(Evidence::Same) => return Ok(Some(candidate)),
+                Ok(Evidence::Same) => return Ok((Some(candidate), refuted)),
                 Ok(Evidence::None) => unproved.push(candidate),
                 Ok(Evidence::Other) => {
+                    refuted = true;
                     tracing::warn!(branch = %candidate.branch, "it holds other WAL than the server");
                 }
                 Err(error) => return Err(error.context("compare the server with what is stored")),
             }
         }
         if beginnings.is_first_record_unknown() {
-            return Ok(None);
+            return Ok((None, refuted));
         }
         unproved.retain(|candidate| candidate.least.is_valid());
-        Ok(unproved.into_iter().max_by_key(Joinable::frontier))
+        Ok((unproved.into_iter().max_by_key(Joinable::frontier), refuted))
     }
 
     async fn evidence(
