@@ -119,10 +119,7 @@ pub fn new(
     let status = Arc::new(Mutex::new(SnapshotStatus::default()));
     let keeper = Keeper { requests: send, progress: seen, status: status.clone() };
     let behind = (None, None);
-    (
-        keeper,
-        KeeperTask { context, leasing, wal, schedule, requests, progress, status, behind },
-    )
+    (keeper, KeeperTask { context, leasing, wal, schedule, requests, progress, status, behind })
 }
 
 impl KeeperTask {

@@ -113,7 +113,8 @@ impl Leasing {
         match seen.is_empty() {
             false => Ok(seen),
             true => {
-                let reason = format!("no location says who holds the lease: {}", reasons.join("; "));
+                let reason =
+                    format!("no location says who holds the lease: {}", reasons.join("; "));
                 Err(Error::new(Kind::Storage, reason))
             }
         }
@@ -140,9 +141,9 @@ impl Leasing {
 
     /// Creates the lease wherever it is not. False if somebody else was first anywhere.
     async fn give(&self, seen: &[Seen], lease: Lease) -> Result<bool> {
-        let name =
-            ObjectName::Lease { system: self.context.system, generation: lease.generation };
-        let has = |one: &&Seen| one.lease.as_ref().is_some_and(|l| l.generation == lease.generation);
+        let name = ObjectName::Lease { system: self.context.system, generation: lease.generation };
+        let has =
+            |one: &&Seen| one.lease.as_ref().is_some_and(|l| l.generation == lease.generation);
         // Equal names are equal bytes: where it is already, it is copied from.
         let (bytes, epoch) = match seen.iter().find(has) {
             Some(one) => {
@@ -188,8 +189,9 @@ impl Leasing {
                 let reason = format!(
                     "agent {agent} takes the snapshots (lease {generation}), and streams through slot {slot}"
                 );
-                Err(Error::new(Kind::Fenced, reason)
-                    .remedy(format!("ask agent {agent}; this one takes over when that one is gone")))
+                Err(Error::new(Kind::Fenced, reason).remedy(format!(
+                    "ask agent {agent}; this one takes over when that one is gone"
+                )))
             }
         }
     }
@@ -201,8 +203,10 @@ impl Leasing {
         sql.close().await;
         match is_standby {
             false => Ok(()),
-            true => Err(Error::new(Kind::Fenced, "the server is a standby, and its agent stands by")
-                .remedy("ask the agent of the primary")),
+            true => {
+                Err(Error::new(Kind::Fenced, "the server is a standby, and its agent stands by")
+                    .remedy("ask the agent of the primary"))
+            }
         }
     }
 

@@ -113,6 +113,9 @@ mod tests {
         let sealed = gap.seal(&epoch, SystemId::new(7));
         assert_eq!(Gap::open(sealed.bytes, &sealed.name, &epoch).unwrap(), gap);
         let text = gap.to_string();
-        assert!(text.contains("0/1000000..0/3000000") && text.contains("the slot was lost"), "{text}");
+        assert!(
+            text.contains("0/1000000..0/3000000") && text.contains("the slot was lost"),
+            "{text}"
+        );
     }
 }

@@ -141,12 +141,9 @@ impl fmt::Display for ObjectName {
             ObjectName::Lease { system, generation } => {
                 write!(f, "{system}/lease/{generation:020}")
             }
-            ObjectName::Gap { system, branch, range, id } => write!(
-                f,
-                "{system}/gap/{branch}/{}-{}.{id}",
-                range.start.name(),
-                range.end.name()
-            ),
+            ObjectName::Gap { system, branch, range, id } => {
+                write!(f, "{system}/gap/{branch}/{}-{}.{id}", range.start.name(), range.end.name())
+            }
         }
     }
 }

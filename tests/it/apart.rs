@@ -1,7 +1,9 @@
 //! Two histories of one cluster, two agents of one server, and WAL that nobody has: kept apart, told, and closed.
 
 use crate::folder;
-use crate::site::{LOCATIONS, PATIENCE, Site, configuration, has_snapshot, judge, restore_and_start};
+use crate::site::{
+    LOCATIONS, PATIENCE, Site, configuration, has_snapshot, judge, restore_and_start,
+};
 use anyhow::{Context, Result, ensure};
 use backstay_common::lsn::Lsn;
 use backstay_tests::ledger::{Ledger, Target};
@@ -195,8 +197,16 @@ async fn a_broken_chain(scene: &Scene, major: Major) -> Result<()> {
     site.all_stored().await?;
     let last = site.agent.status().await?["snapshots"]["last"].clone();
     site.agent.kill()?;
-    let at: Lsn = site.cluster.value("SELECT pg_current_wal_insert_lsn()").await?.parse().ok().context("an LSN")?;
-    site.cluster.sql("CREATE TABLE filler AS SELECT md5(n::text) FROM generate_series(1, 2000) n").await?;
+    let at: Lsn = site
+        .cluster
+        .value("SELECT pg_current_wal_insert_lsn()")
+        .await?
+        .parse()
+        .ok()
+        .context("an LSN")?;
+    site.cluster
+        .sql("CREATE TABLE filler AS SELECT md5(n::text) FROM generate_series(1, 2000) n")
+        .await?;
     let file = site.cluster.value(&format!("SELECT pg_walfile_name('{}')", at.add(1))).await?;
     let path = site.cluster.data().join("pg_wal").join(file);
     damage(&path, (at.get() % (16 << 20)) + 20_000)?;
@@ -207,10 +217,17 @@ async fn a_broken_chain(scene: &Scene, major: Major) -> Result<()> {
     site.agent.wait_until("a snapshot closes the gap", PATIENCE * 2, another).await?;
     ensure!(site.agent.log().contains("wal-broken"), "no alarm");
     for name in LOCATIONS {
-        let gaps = folder::named(&site.location(name), "/gap/")?;
-        ensure!(gaps.len() == 1, "{gaps:?}");
+        let deadline = std::time::Instant::now() + PATIENCE;
+        while folder::named(&site.location(name), "/gap/")?.len() != 1 {
+            ensure!(std::time::Instant::now() < deadline, "{name} does not know of one gap");
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
     }
-    site.deployment.backstay(&["list"]).await?.success()?.says(&["cannot be recovered", "broken"])?;
+    site.deployment
+        .backstay(&["list"])
+        .await?
+        .success()?
+        .says(&["cannot be recovered", "broken"])?;
     let inside = format!("lsn:{}", at.add(30_000));
     site.deployment.backstay(&["plan", "--to", &inside]).await?.expect(3)?.says(&["broken"])?;
     site.ledger.wait_for(50, PATIENCE).await?;

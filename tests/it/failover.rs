@@ -1,7 +1,9 @@
 //! Servers that take over from each other: nothing that was stored is lost, no two histories mix, and each can be restored.
 
 use crate::folder;
-use crate::site::{LOCATIONS, PATIENCE, Site, configuration, has_snapshot, judge, restore_and_start};
+use crate::site::{
+    LOCATIONS, PATIENCE, Site, configuration, has_snapshot, judge, restore_and_start,
+};
 use anyhow::{Context, Result, ensure};
 use backstay_common::lsn::Lsn;
 use backstay_tests::ledger::{Ledger, Target};
@@ -113,7 +115,8 @@ async fn there_and_back(scene: &Scene, _: Major) -> Result<()> {
     standby.promote().await?;
     takes_over(&mut agent, 2, &before).await?;
     let mut second = goes_on(&site.ledger, scene, &standby).await?;
-    let slots = "SELECT count(*) FROM pg_replication_slots WHERE slot_name = 'backstay_b' AND active";
+    let slots =
+        "SELECT count(*) FROM pg_replication_slots WHERE slot_name = 'backstay_b' AND active";
     ensure!(standby.value(slots).await? == "1", "the agent's slot is not on the new primary");
     second.stop().await?;
     all_stored(&mut agent, &standby).await?;
@@ -211,7 +214,8 @@ async fn several_hosts(scene: &Scene, major: Major) -> Result<()> {
     standby.catch_up(&site.cluster, PATIENCE).await?;
     site.cluster.kill()?;
     standby.promote().await?;
-    let on_two = |status: &Value| status["wal"]["timeline"] == 2 && status["wal"]["connected"] == true;
+    let on_two =
+        |status: &Value| status["wal"]["timeline"] == 2 && status["wal"]["connected"] == true;
     site.agent.wait_until("it streams from the new primary", PATIENCE, on_two).await?;
     let slots = "SELECT count(*) FROM pg_replication_slots WHERE active";
     ensure!(standby.value(slots).await? == "1", "no slot is in use on the new primary");

@@ -303,7 +303,8 @@ mod tests {
         };
         let range =
             |a: u64, b: u64| LsnRange::new(Lsn::new(a * SPAN_BYTES), Lsn::new(b * SPAN_BYTES));
-        let stock = Stock { listed: vec![(0, vec![span(1), span(2)]), (1, vec![span(2), span(4)])] };
+        let stock =
+            Stock { listed: vec![(0, vec![span(1), span(2)]), (1, vec![span(2), span(4)])] };
         assert_eq!(stock.missing(branch, range(1, 3)), []);
         assert_eq!(stock.missing(branch, range(1, 6)), [range(3, 4), range(5, 6)]);
         assert_eq!(stock.missing(branch, range(0, 2)), [range(0, 1)]);

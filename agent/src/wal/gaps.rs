@@ -112,7 +112,8 @@ impl Gaps {
         };
         let end = bytes.iter().position(|&byte| byte == b'\n').unwrap_or(bytes.len());
         let name = String::from_utf8_lossy(&bytes[..end]).parse::<ObjectName>();
-        let name = name.map_err(|e| Error::new(Kind::Corrupt, format!("{}: {e}", path.display())))?;
+        let name =
+            name.map_err(|e| Error::new(Kind::Corrupt, format!("{}: {e}", path.display())))?;
         Ok(Some((name, bytes.slice((end + 1).min(bytes.len())..))))
     }
 

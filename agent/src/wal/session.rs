@@ -19,8 +19,7 @@ use backstay_common::id::Branch;
 use backstay_common::lsn::{Lsn, LsnRange};
 use backstay_common::origin::Beginnings;
 use backstay_common::postgres::{
-    Connection, DUPLICATE_OBJECT, EndOfStream, Identity, Mode,
-    UNDEFINED_FILE, literal,
+    Connection, DUPLICATE_OBJECT, EndOfStream, Identity, Mode, UNDEFINED_FILE, literal,
 };
 use backstay_common::segment::{Ancestor, TimelineId, parse_history};
 use backstay_common::{Error, Kind, Result};

@@ -46,9 +46,8 @@ async fn make_fixtures() {
 #[ignore = "fixtures are files, and are never made again"]
 async fn make_leases_and_gaps() {
     let (objects, epoch) = crate::fixtures::all().await;
-    let is_there = |name: &ObjectName| {
-        matches!(ObjectKind::of(name), ObjectKind::Lease | ObjectKind::Gap)
-    };
+    let is_there =
+        |name: &ObjectName| matches!(ObjectKind::of(name), ObjectKind::Lease | ObjectKind::Gap);
     assert!(!objects.keys().any(is_there), "fixtures are never made again");
     write(&lease().seal(&epoch, SYSTEM));
     write(&gap().seal(&epoch, SYSTEM));

@@ -56,8 +56,7 @@ impl Session {
         let (mut next, mut refuted) = (None, Vec::new());
         for step in steps.iter().rev() {
             let Ok(beginnings) = self.beginnings(connection, step.timeline).await else { break };
-            let (found, other) =
-                self.joinable(connection, &stock, &beginnings, step.until).await?;
+            let (found, other) = self.joinable(connection, &stock, &beginnings, step.until).await?;
             if other {
                 refuted.push(step.timeline);
             }

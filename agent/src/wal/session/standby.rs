@@ -47,11 +47,9 @@ impl Session {
     }
 
     async fn watch(&self, mut connection: Connection) -> Result<()> {
-        let mut sql = Connection::connect(
-            &connect::conninfo(&self.path.context.settings)?,
-            Mode::Sql,
-        )
-        .await?;
+        let mut sql =
+            Connection::connect(&connect::conninfo(&self.path.context.settings)?, Mode::Sql)
+                .await?;
         let (mut followed, mut advance_at) = (None, Instant::now());
         while sql.query_one("SELECT pg_is_in_recovery() AS is").await?.text("is")? == "t" {
             if advance_at <= Instant::now() {
