@@ -20,6 +20,7 @@
 //! | [`wal`] | receive, decode, spool, ship, acknowledge |
 //! | [`snapshot`] | read the data directory or receive it, pack it, commit the manifest |
 //! | [`schedule`], [`keeper`] | when a snapshot is taken, and the one task that takes it |
+//! | [`lease`] | which agent may |
 //! | [`epochs`], [`writer`] | data keys; writing to a location in the order of the format |
 //! | [`sync`] | copies to a location what it lacks |
 //! | [`prune`] | deletes what no moment of the window needs |
@@ -35,6 +36,7 @@ pub mod control;
 pub mod epochs;
 pub mod init;
 pub mod keeper;
+pub mod lease;
 pub mod prune;
 mod run;
 pub mod schedule;

@@ -67,6 +67,8 @@ pub struct Pruner<'a, S> {
     pub agent: &'a AgentName,
     pub rules: Rules,
     pub grace: Duration,
+    /// Of the lease that this agent holds.
+    pub generation: u64,
     /// What lists and pins are sealed under.
     pub epoch: Arc<Epoch>,
     /// By this host's clock.
@@ -102,6 +104,7 @@ impl<S: Store> Pruner<'_, S> {
                 rules: &self.rules,
                 window,
                 grace: self.grace,
+                generation: self.generation,
                 agent: self.agent,
                 epoch: &self.epoch,
             };
@@ -208,6 +211,7 @@ fn stores(context: &AgentContext) -> Vec<AgentStore> {
 async fn pruner<'a>(
     context: &'a AgentContext,
     stores: &'a [AgentStore],
+    generation: u64,
 ) -> Result<Pruner<'a, AgentStore>> {
     Ok(Pruner {
         stores,
@@ -215,15 +219,20 @@ async fn pruner<'a>(
         agent: &context.settings.agent,
         rules: context.settings.retention.rules(),
         grace: context.settings.retention.grace,
+        generation,
         epoch: context.epochs.current().await?,
         now: Timestamp::now(),
     })
 }
 
-/// Prunes the agent's locations, and keeps the alarms about it.
-pub async fn run(context: &AgentContext, options: PruneOptions) -> Result<PruneReport> {
+/// Prunes the agent's locations under a generation of the lease, and keeps the alarms about it.
+pub async fn run(
+    context: &AgentContext,
+    generation: u64,
+    options: PruneOptions,
+) -> Result<PruneReport> {
     let stores = stores(context);
-    let report = pruner(context, &stores).await?.run(options).await;
+    let report = pruner(context, &stores, generation).await?.run(options).await;
     if options.dry_run {
         return Ok(report);
     }
@@ -259,7 +268,8 @@ pub async fn needed_wal(context: &AgentContext) -> Option<BTreeMap<Branch, Vec<L
 
 async fn needed(context: &AgentContext) -> Option<Verdict> {
     let stores = stores(context);
-    pruner(context, &stores).await.ok()?.needed().await
+    // What is needed does not depend on who asks.
+    pruner(context, &stores, 0).await.ok()?.needed().await
 }
 
 #[cfg(test)]

@@ -11,6 +11,7 @@ use crate::control;
 use crate::epochs::Epochs;
 use crate::init::check_record;
 use crate::keeper;
+use crate::lease::Leasing;
 use crate::schedule::Schedule;
 use crate::status::Status;
 use crate::synchronous;
@@ -83,8 +84,10 @@ async fn supervise(
     schedule: Schedule,
     listener: tokio::net::UnixListener,
 ) -> Result<()> {
+    let leasing = Leasing::new(context.clone())?;
     let (wal_status, wal_seen) = watch::channel(WalStatus::default());
-    let (keeper, keeper_task) = keeper::new(context.clone(), wal_seen.clone(), schedule);
+    let (keeper, keeper_task) =
+        keeper::new(context.clone(), leasing.clone(), wal_seen.clone(), schedule);
     let status = {
         let (context, keeper, started) = (context.clone(), keeper.clone(), jiff::Timestamp::now());
         Arc::new(move || Status {
@@ -99,7 +102,7 @@ async fn supervise(
         })
     };
     let mut tasks = JoinSet::new();
-    tasks.spawn(wal::run(context.clone(), wal_status));
+    tasks.spawn(wal::run(context.clone(), leasing, wal_status));
     tasks.spawn(keeper_task.run());
     tasks.spawn(control::serve(listener, status, keeper, context.clone()));
     tasks.spawn(synchronous::watch(context.clone()));

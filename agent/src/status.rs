@@ -47,7 +47,11 @@ pub fn for_people(status: &serde_json::Value) -> String {
         "agent",
         format!("{} {}, up since {}", text("/agent"), text("/version"), text("/started")),
     );
-    let connected = if text("/wal/connected") == "true" { "streaming" } else { "NOT CONNECTED" };
+    let connected = match (&text("/wal/connected")[..], &text("/wal/standing_by")[..]) {
+        ("true", _) => "streaming",
+        (_, "true") => "standing by a standby",
+        _ => "NOT CONNECTED",
+    };
     line(
         "postgresql",
         format!(

@@ -176,9 +176,9 @@ fn missing(has: &BTreeSet<ObjectName>, all: &BTreeSet<ObjectName>) -> Vec<Vec<Ob
     let mut groups = vec![Vec::new(); 4];
     for name in all.difference(has).filter(|name| !is_covered(name)) {
         let group = match name {
-            ObjectName::Wrap { .. } => 0,
+            ObjectName::Wrap { .. } | ObjectName::Lease { .. } => 0,
             ObjectName::Origin { .. } | ObjectName::Begin { .. } | ObjectName::Pin { .. } => 1,
-            ObjectName::Pack { .. } | ObjectName::Wal { .. } => 2,
+            ObjectName::Pack { .. } | ObjectName::Wal { .. } | ObjectName::Gap { .. } => 2,
             ObjectName::Manifest { .. } => 3,
             // They speak of one location.
             ObjectName::Cluster | ObjectName::Head { .. } | ObjectName::Condemned { .. } => {

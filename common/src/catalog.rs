@@ -99,6 +99,9 @@ pub struct Catalog {
     pub heads: BTreeMap<AgentName, BTreeMap<u64, Places>>,
     /// Of each pin the last record, which counts, and where it is.
     pub pins: BTreeMap<ObjectId, (u64, Places)>,
+    pub leases: BTreeMap<u64, Places>,
+    /// By branch, range and id.
+    pub gaps: BTreeMap<(Branch, LsnRange, ObjectId), Places>,
 }
 
 impl Catalog {
@@ -138,6 +141,8 @@ impl Catalog {
             snapshots: BTreeMap::new(),
             heads: BTreeMap::new(),
             pins: BTreeMap::new(),
+            leases: BTreeMap::new(),
+            gaps: BTreeMap::new(),
         }
     }
 
@@ -173,6 +178,12 @@ impl Catalog {
                     std::cmp::Ordering::Greater => *last = (*seq, here),
                 }
             }
+            Some(ObjectName::Lease { generation, .. }) => {
+                join(self.leases.entry(*generation).or_default());
+            }
+            Some(ObjectName::Gap { branch, range, id, .. }) => {
+                join(self.gaps.entry((*branch, *range, *id)).or_default());
+            }
             _ => {}
         }
     }
@@ -186,6 +197,8 @@ async fn listing(location: &Location, system: SystemId) -> Result<Vec<Listed>> {
         folder::snapshots(system),
         folder::heads(system),
         folder::pins(system),
+        folder::leases(system),
+        folder::gaps(system),
     ];
     let lists = futures::future::try_join_all(folders.iter().map(|f| location.list(f))).await?;
     Ok(lists.concat())

@@ -21,6 +21,7 @@
 //! | [`keys`] | epochs, and the providers that wrap their keys |
 //! | [`seal`], [`cbor`], [`pool`] | the envelope of every object; encoded metadata; where codecs run |
 //! | [`cluster`], [`origin`], [`span`], [`head`] | the marker of a location; branches; stored WAL; idle coverage |
+//! | [`lease`], [`gap`] | who takes snapshots; WAL that nobody has |
 //! | [`snapshot`] | file maps, file table, manifest |
 //! | [`pin`], [`condemned`] | what somebody holds; what prune is about to delete |
 //! | [`location`] | one object store that holds a complete copy |
@@ -38,9 +39,11 @@ pub mod config;
 pub mod control;
 pub mod error;
 pub mod format;
+pub mod gap;
 pub mod head;
 pub mod id;
 pub mod keys;
+pub mod lease;
 pub mod line;
 pub mod location;
 pub mod lsn;

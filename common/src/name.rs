@@ -30,6 +30,10 @@ pub enum ObjectName {
     Pin { system: SystemId, pin: ObjectId, seq: u64 },
     /// What prune is about to delete.
     Condemned { system: SystemId, run: ObjectId },
+    /// Who takes snapshots, indexes and prunes.
+    Lease { system: SystemId, generation: u64 },
+    /// WAL that nobody has, and why.
+    Gap { system: SystemId, branch: Branch, range: LsnRange, id: ObjectId },
 }
 
 /// Folders of a location, for listings. Each ends in `/`.
@@ -82,6 +86,14 @@ pub mod folder {
     pub fn condemned(system: SystemId) -> String {
         format!("{system}/condemned/")
     }
+
+    pub fn leases(system: SystemId) -> String {
+        format!("{system}/lease/")
+    }
+
+    pub fn gaps(system: SystemId) -> String {
+        format!("{system}/gap/")
+    }
 }
 
 impl ObjectName {
@@ -97,7 +109,9 @@ impl ObjectName {
             | ObjectName::Begin { system, .. }
             | ObjectName::Manifest { system, .. }
             | ObjectName::Pin { system, .. }
-            | ObjectName::Condemned { system, .. } => Some(*system),
+            | ObjectName::Condemned { system, .. }
+            | ObjectName::Lease { system, .. }
+            | ObjectName::Gap { system, .. } => Some(*system),
         }
     }
 }
@@ -108,6 +122,7 @@ impl ObjectName {
         match self {
             ObjectName::Wrap { wrap: id, .. }
             | ObjectName::Wal { id, .. }
+            | ObjectName::Gap { id, .. }
             | ObjectName::Pack { id, .. }
             | ObjectName::Condemned { run: id, .. } => Some(*id),
             _ => None,
@@ -140,6 +155,12 @@ impl fmt::Display for ObjectName {
             }
             ObjectName::Pin { system, pin, seq } => write!(f, "{system}/pins/{pin}/{seq:020}"),
             ObjectName::Condemned { system, run } => write!(f, "{system}/condemned/{run}"),
+            ObjectName::Lease { system, generation } => {
+                write!(f, "{system}/lease/{generation:020}")
+            }
+            ObjectName::Gap { system, branch, range, id } => {
+                write!(f, "{system}/gap/{branch}/{}-{}.{id}", range.start.name(), range.end.name())
+            }
         }
     }
 }
@@ -169,13 +190,14 @@ fn parse(text: &str) -> Option<ObjectName> {
         }
         ["wal", branch, "origin"] => ObjectName::Origin { system, branch: branch.parse().ok()? },
         ["wal", branch, _, file] => {
-            let (range, id) = file.split_once('.')?;
-            let (start, end) = range.split_once('-')?;
-            let range = LsnRange::new(Lsn::from_name(start)?, Lsn::from_name(end)?);
-            let id = id.parse().ok()?;
-            (!range.is_empty()).then_some(())?;
+            let (range, id) = range_and_id(file)?;
             ObjectName::Wal { system, branch: branch.parse().ok()?, range, id }
         }
+        ["gap", branch, file] => {
+            let (range, id) = range_and_id(file)?;
+            ObjectName::Gap { system, branch: branch.parse().ok()?, range, id }
+        }
+        ["lease", generation] => ObjectName::Lease { system, generation: generation.parse().ok()? },
         ["head", agent, seq] => {
             ObjectName::Head { system, agent: agent.parse().ok()?, seq: seq.parse().ok()? }
         }
@@ -194,6 +216,15 @@ fn parse(text: &str) -> Option<ObjectName> {
     })
 }
 
+/// `<start>-<end>.<id>`
+fn range_and_id(file: &str) -> Option<(LsnRange, ObjectId)> {
+    let (range, id) = file.split_once('.')?;
+    let (start, end) = range.split_once('-')?;
+    let range = LsnRange::new(Lsn::from_name(start)?, Lsn::from_name(end)?);
+    let id = id.parse().ok()?;
+    (!range.is_empty()).then_some((range, id))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -203,7 +234,7 @@ mod tests {
 
     prop_compose! {
         fn any_name()(
-            which in 0..10, system: u64, bytes: [u8; 16], timeline in 1u32..,
+            which in 0..12, system: u64, bytes: [u8; 16], timeline in 1u32..,
             start in 0..u64::MAX, length in 1..u64::MAX, second in 0i64..4_000_000_000,
             agent in "[a-z][a-zA-Z0-9_.-]{0,20}", seq: u64,
         ) -> ObjectName {
@@ -224,6 +255,8 @@ mod tests {
                 6 => ObjectName::Begin { system, snapshot },
                 7 => ObjectName::Pin { system, pin: id, seq },
                 8 => ObjectName::Condemned { system, run: id },
+                9 => ObjectName::Lease { system, generation: seq },
+                10 => ObjectName::Gap { system, branch, range, id },
                 _ => ObjectName::Manifest { system, snapshot },
             }
         }

@@ -9,6 +9,8 @@
 //! | `restore` | every kind of target, on every major, under constant load |
 //! | `delta` | restored over the cluster's own directory |
 //! | `options` | page checksums, segment sizes, tablespaces, generations, and what `restore` offers |
+//! | `apart` | two histories of one cluster, two agents of one server, WAL that nobody has |
+//! | `failover` | servers that take over from each other, and agents that do |
 //! | `kill` | agent and server killed at any moment, state lost |
 //! | `snapshots` | snapshots that refer to each other: right, and at the cost of what changed |
 //! | `s3` | the same over S3, with faults and refusing locations |
@@ -19,9 +21,11 @@
 //! | `stores` | stores of all kinds, their roles, and what is refused of them |
 //! | `status` | what the running agent tells, and when it takes snapshots |
 
+mod apart;
 mod base_backup;
 mod decoder;
 mod delta;
+mod failover;
 mod folder;
 mod harness;
 mod integrity;

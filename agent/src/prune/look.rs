@@ -1,12 +1,13 @@
 //! Reads all that a judgement needs to know of one location.
 //!
-//! All or nothing: where a manifest, a `begin`, an origin or a pin that is listed cannot be read, nothing is judged, for it
+//! All or nothing: where a manifest, a `begin`, an origin, a pin or a lease that is listed cannot be read, nothing is judged, for it
 //! might keep anything. What has gone since it was listed counts as not listed.
 
 use super::store::Store;
 use backstay_common::condemned::Condemned;
 use backstay_common::head::Head;
 use backstay_common::id::{Branch, SystemId};
+use backstay_common::lease::Lease;
 use backstay_common::name::{ObjectName, folder};
 use backstay_common::origin::Origin;
 use backstay_common::pin::PinRecord;
@@ -121,6 +122,7 @@ fn wanted(view: &View) -> Vec<ObjectName> {
             ObjectName::Manifest { .. }
             | ObjectName::Origin { .. }
             | ObjectName::Pin { .. }
+            | ObjectName::Lease { .. }
             | ObjectName::Condemned { .. } => names.push(name.clone()),
             _ => {}
         }
@@ -141,6 +143,7 @@ async fn read(store: &impl Store, view: &mut View, name: &ObjectName, bytes: Byt
         ObjectName::Pin { .. } => {
             drop(view.pins.insert(name.clone(), PinRecord::read(&bytes, name)?))
         }
+        ObjectName::Lease { .. } => view.leases.push(Lease::read(&bytes, name)?),
         ObjectName::Condemned { .. } => {
             view.condemned.insert(name.clone(), Condemned::read(&bytes, name)?);
         }

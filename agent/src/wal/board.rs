@@ -37,6 +37,8 @@ pub struct State {
 #[derive(Clone, Debug, Default)]
 pub struct Server {
     pub connected: bool,
+    /// It is in recovery.
+    pub standing_by: bool,
     /// How far its WAL reached, by its last message.
     pub end: Lsn,
     pub clock: Option<PgTime>,

@@ -22,6 +22,9 @@ struct Sweep<'a> {
     edge: Timestamp,
     newest_heads: BTreeMap<&'a AgentName, u64>,
     newest_condemned: Option<&'a ObjectName>,
+    newest_lease: Option<u64>,
+    /// Of the snapshots that are listed.
+    oldest_generation: Option<u64>,
 }
 
 pub(super) fn sweep(view: &View, rules: &Rules, kept: Kept) -> Verdict {
@@ -50,6 +53,8 @@ pub(super) fn sweep(view: &View, rules: &Rules, kept: Kept) -> Verdict {
         edge: back(back(view.now, rules.window), rules.margin),
         newest_heads,
         newest_condemned,
+        newest_lease: view.objects.keys().filter_map(generation).max(),
+        oldest_generation: view.oldest_generation(),
         kept,
     };
     let mut verdict = Verdict::default();
@@ -64,6 +69,13 @@ pub(super) fn sweep(view: &View, rules: &Rules, kept: Kept) -> Verdict {
     verdict.wal = sweep.kept.wal;
     verdict.holds = sweep.kept.holds;
     verdict
+}
+
+fn generation(name: &ObjectName) -> Option<u64> {
+    match name {
+        ObjectName::Lease { generation, .. } => Some(*generation),
+        _ => None,
+    }
 }
 
 fn stored(view: &View, name: &ObjectName) -> Option<Timestamp> {
@@ -112,6 +124,8 @@ impl Sweep<'_> {
                 }
             }
             ObjectName::Pin { pin, .. } => self.pin(*pin, name),
+            ObjectName::Lease { generation, .. } => self.lease(*generation),
+            ObjectName::Gap { branch, range, .. } => self.gap(*branch, *range),
         }
     }
 
@@ -143,6 +157,24 @@ impl Sweep<'_> {
             false => Err(Gone::Wal),
             true if self.superseded.contains(&(branch, range)) => Err(Gone::Superseded),
             true => Ok(Stays::Window),
+        }
+    }
+
+    /// A snapshot is judged by the leases of later generations, and the newest says who may go on.
+    fn lease(&self, generation: u64) -> Result<Stays, Gone> {
+        let judges = self.oldest_generation.is_some_and(|oldest| oldest < generation);
+        match judges || self.newest_lease == Some(generation) {
+            true => Ok(Stays::Bookkeeping),
+            false => Err(Gone::Lease),
+        }
+    }
+
+    /// It tells why no moment in it can be reached, as long as one before or behind it can.
+    fn gap(&self, branch: Branch, range: LsnRange) -> Result<Stays, Gone> {
+        let needed = self.kept.wal.get(&branch).map_or(&[][..], Vec::as_slice);
+        match needed.iter().any(|need| need.start <= range.end && range.start <= need.end) {
+            true => Ok(Stays::Window),
+            false => Err(Gone::Gap),
         }
     }
 

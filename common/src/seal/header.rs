@@ -44,10 +44,12 @@ pub enum ObjectKind {
     Manifest = 9,
     Pin = 10,
     Condemned = 11,
+    Lease = 12,
+    Gap = 13,
 }
 
 impl ObjectKind {
-    const ALL: [ObjectKind; 10] = [
+    const ALL: [ObjectKind; 12] = [
         ObjectKind::Cluster,
         ObjectKind::Wrap,
         ObjectKind::Origin,
@@ -58,6 +60,8 @@ impl ObjectKind {
         ObjectKind::Manifest,
         ObjectKind::Pin,
         ObjectKind::Condemned,
+        ObjectKind::Lease,
+        ObjectKind::Gap,
     ];
 
     /// The kind of the object that `name` names.
@@ -73,6 +77,8 @@ impl ObjectKind {
             ObjectName::Manifest { .. } => ObjectKind::Manifest,
             ObjectName::Pin { .. } => ObjectKind::Pin,
             ObjectName::Condemned { .. } => ObjectKind::Condemned,
+            ObjectName::Lease { .. } => ObjectKind::Lease,
+            ObjectName::Gap { .. } => ObjectKind::Gap,
         }
     }
 

@@ -1,10 +1,12 @@
 //! What the fixtures hold.
 
 use backstay_common::condemned::Condemned;
+use backstay_common::gap::{Cause, Gap};
 use backstay_common::head::Head;
 use backstay_common::id::{Branch, SnapshotId, SystemId};
 use backstay_common::keys::Keyring;
 use backstay_common::keys::file::FileProvider;
+use backstay_common::lease::Lease;
 use backstay_common::location::{Location, LocationSettings};
 use backstay_common::lsn::{Lsn, LsnRange};
 use backstay_common::name::ObjectName;
@@ -107,6 +109,31 @@ pub fn head() -> (ObjectName, Head) {
     let name = ObjectName::Head { system: SYSTEM, agent: "db1".parse().unwrap(), seq: 42 };
     let [branch, _] = branches();
     (name, Head { branch, covered: range().end, clock: PgTime(848_541_900_000_000) })
+}
+
+pub fn lease() -> Lease {
+    Lease {
+        generation: 3,
+        agent: "db1".parse().unwrap(),
+        slot: "backstay_db1".into(),
+        holder: *b"a state folder's",
+        begun: vec!["20261121T020000Z-00c0ffee".parse().unwrap()],
+        is_complete: true,
+        made: 1_795_312_800,
+    }
+}
+
+pub fn gap() -> Gap {
+    let [_, branch] = branches();
+    Gap {
+        branch,
+        start: Lsn::new(0x16_B500_0000),
+        end: Lsn::new(0x16_B700_0000),
+        cause: Cause::Removed.word().into(),
+        agent: "db1".parse().unwrap(),
+        noticed: 1_795_312_900,
+        detail: "the server no longer has the WAL after 16/B5000000".into(),
+    }
 }
 
 pub fn snapshot() -> SnapshotId {

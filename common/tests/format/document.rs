@@ -87,7 +87,6 @@ fn reserved_names_are_no_names_of_today() {
     for name in [
         format!("7/walindex/{branch}/0000000000000000-0000000001000000.0000000000000000"),
         "7/snapshots/20261122T020000Z-1f2e3d4c/retired".into(),
-        "7/lease/1".into(),
         "7/ledger/db1/1".into(),
         "probe/1/1".into(),
     ] {
@@ -163,6 +162,8 @@ async fn records() -> BTreeMap<&'static str, Vec<Vec<u8>>> {
             ObjectKind::Begin => ("Begin", plain),
             ObjectKind::Pin => ("PinRecord", plain),
             ObjectKind::Condemned => ("Condemned", plain),
+            ObjectKind::Lease => ("Lease", plain),
+            ObjectKind::Gap => ("Gap", open().meta().to_vec()),
             ObjectKind::Manifest => {
                 records.entry("Root").or_default().push(open().contents().unwrap());
                 ("ManifestPlain", plain)

@@ -4,8 +4,10 @@ use crate::contents::*;
 use backstay_common::cbor;
 use backstay_common::cluster::ClusterRecord;
 use backstay_common::condemned::Condemned;
+use backstay_common::gap::Gap;
 use backstay_common::head::Head;
 use backstay_common::keys::Epoch;
+use backstay_common::lease::Lease;
 use backstay_common::name::{ObjectName, folder};
 use backstay_common::origin::Origin;
 use backstay_common::pin::PinRecord;
@@ -43,7 +45,7 @@ fn of_kind(objects: &BTreeMap<ObjectName, Bytes>, kind: ObjectKind) -> Vec<(&Obj
 #[tokio::test]
 async fn every_object_checks_without_a_key() {
     let (objects, _) = all().await;
-    assert_eq!(objects.len(), 14);
+    assert_eq!(objects.len(), 16);
     for (name, bytes) in &objects {
         assert_eq!(Header::check(bytes, name).unwrap().name(), name);
     }
@@ -57,6 +59,8 @@ async fn every_object_checks_without_a_key() {
     }
     let (name, bytes) = of_kind(&objects, ObjectKind::Condemned).remove(0);
     assert_eq!(Condemned::read(&bytes, name).unwrap(), condemned());
+    let (name, bytes) = of_kind(&objects, ObjectKind::Lease).remove(0);
+    assert_eq!(Lease::read(&bytes, name).unwrap(), lease());
 }
 
 #[tokio::test]
@@ -68,6 +72,8 @@ async fn branches_and_heads_open() {
         assert!(origin.agrees(&beginnings).unwrap(), "{name}");
         assert_eq!(origin.history(), beginnings.history.as_deref());
     }
+    let (name, bytes) = of_kind(&objects, ObjectKind::Gap).remove(0);
+    assert_eq!(Gap::open(bytes, name, &epoch).unwrap(), gap());
     let (name, expected) = head();
     assert_eq!(Head::open(objects[&name].clone(), &name, &epoch).unwrap(), expected);
 }
