@@ -21,6 +21,8 @@
 //! | [`keys`] | epochs, and the providers that wrap their keys |
 //! | [`seal`], [`cbor`], [`pool`] | the envelope of every object; encoded metadata; where codecs run |
 //! | [`cluster`], [`origin`], [`span`], [`head`] | the marker of a location; branches; stored WAL; idle coverage |
+//! | [`footer`] | an object's metadata, from its two ends |
+//! | [`walindex`] | a cache: the footers of many spans in one object |
 //! | [`snapshot`] | file maps, file table, manifest |
 //! | [`location`] | one object store that holds a complete copy |
 //! | [`catalog`] | what is in the locations, once listed |
@@ -33,6 +35,7 @@ pub mod cluster;
 pub mod config;
 pub mod control;
 pub mod error;
+pub mod footer;
 pub mod format;
 pub mod head;
 pub mod id;
@@ -50,5 +53,6 @@ pub mod segment;
 pub mod snapshot;
 pub mod span;
 pub mod wal;
+pub mod walindex;
 
 pub use error::{Context, Error, Kind, Result};

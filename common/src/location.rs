@@ -11,6 +11,7 @@
 //! location/get       whole objects, ranges, sizes
 //! location/list      listings, deletion
 //! location/probe     does the store keep the promises that the layout needs?
+//! location/requests  how many there were, by kind
 //! location/fault     a store's answers as kinds, reasons and remedies
 //! ```
 //!
@@ -27,6 +28,7 @@ mod get;
 mod list;
 mod probe;
 mod put;
+mod requests;
 mod s3;
 mod secret;
 mod url;
@@ -34,6 +36,7 @@ mod url;
 pub use list::Listed;
 pub use probe::Probe;
 pub use put::{Put, PutNew};
+pub use requests::Requests;
 pub use secret::Secret;
 
 use crate::error::{Context, Error, Kind, Result};
@@ -115,6 +118,7 @@ struct Inner {
     prefix: Path,
     reads: Arc<dyn ObjectStore>,
     writes: Arc<dyn ObjectStore>,
+    requests: Arc<requests::Counter>,
     disk: Option<Disk>,
     request_timeout: Duration,
 }
@@ -149,6 +153,16 @@ impl Location {
     /// The URL of the settings. It never holds a secret: `open` refuses one that does.
     pub fn url(&self) -> &str {
         &self.0.url
+    }
+
+    /// What this process has asked of it so far.
+    pub fn requests(&self) -> Requests {
+        self.0.requests.now()
+    }
+
+    /// True for a folder, whose listings are a walk on a disk and not pages from afar.
+    pub fn is_folder(&self) -> bool {
+        self.0.disk.is_some()
     }
 
     /// For `init` only: makes a folder's root, durably. A bucket must be there already.
@@ -219,12 +233,14 @@ impl Inner {
         writes: Arc<dyn ObjectStore>,
         disk: Option<Disk>,
     ) -> Inner {
+        let requests = Arc::default();
         Inner {
             name: settings.name.clone(),
             url: settings.url.clone(),
             prefix,
-            reads,
-            writes,
+            reads: requests::Counted::new(reads, &requests),
+            writes: requests::Counted::new(writes, &requests),
+            requests,
             disk,
             request_timeout: settings.request_timeout,
         }

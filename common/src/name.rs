@@ -18,6 +18,8 @@ pub enum ObjectName {
     Origin { system: SystemId, branch: Branch },
     /// A span or a piece of WAL.
     Wal { system: SystemId, branch: Branch, range: LsnRange, id: ObjectId },
+    /// A cache: what the footers of all WAL objects in the range say.
+    WalIndex { system: SystemId, branch: Branch, range: LsnRange, id: ObjectId },
     /// "Covered until": the agent's word for an idle server.
     Head { system: SystemId, agent: AgentName, seq: u64 },
     /// Frames of snapshots.
@@ -59,6 +61,15 @@ pub mod folder {
         format!("{system}/wal/{branch}/{:08X}/{}", lsn.get() >> 32, lsn.name())
     }
 
+    /// All branches' indexes of WAL.
+    pub fn walindexes(system: SystemId) -> String {
+        format!("{system}/walindex/")
+    }
+
+    pub fn walindex(system: SystemId, branch: Branch) -> String {
+        format!("{system}/walindex/{branch}/")
+    }
+
     pub fn heads(system: SystemId) -> String {
         format!("{system}/head/")
     }
@@ -80,6 +91,7 @@ impl ObjectName {
             ObjectName::Wrap { system, .. }
             | ObjectName::Origin { system, .. }
             | ObjectName::Wal { system, .. }
+            | ObjectName::WalIndex { system, .. }
             | ObjectName::Head { system, .. }
             | ObjectName::Pack { system, .. }
             | ObjectName::Begin { system, .. }
@@ -94,6 +106,7 @@ impl ObjectName {
         match self {
             ObjectName::Wrap { wrap: id, .. }
             | ObjectName::Wal { id, .. }
+            | ObjectName::WalIndex { id, .. }
             | ObjectName::Pack { id, .. } => Some(*id),
             _ => None,
         }
@@ -110,6 +123,12 @@ impl fmt::Display for ObjectName {
                 f,
                 "{system}/wal/{branch}/{:08X}/{}-{}.{id}",
                 range.start.get() >> 32,
+                range.start.name(),
+                range.end.name()
+            ),
+            ObjectName::WalIndex { system, branch, range, id } => write!(
+                f,
+                "{system}/walindex/{branch}/{}-{}.{id}",
                 range.start.name(),
                 range.end.name()
             ),
@@ -152,12 +171,12 @@ fn parse(text: &str) -> Option<ObjectName> {
         }
         ["wal", branch, "origin"] => ObjectName::Origin { system, branch: branch.parse().ok()? },
         ["wal", branch, _, file] => {
-            let (range, id) = file.split_once('.')?;
-            let (start, end) = range.split_once('-')?;
-            let range = LsnRange::new(Lsn::from_name(start)?, Lsn::from_name(end)?);
-            let id = id.parse().ok()?;
-            (!range.is_empty()).then_some(())?;
+            let (range, id) = range_and_id(file)?;
             ObjectName::Wal { system, branch: branch.parse().ok()?, range, id }
+        }
+        ["walindex", branch, file] => {
+            let (range, id) = range_and_id(file)?;
+            ObjectName::WalIndex { system, branch: branch.parse().ok()?, range, id }
         }
         ["head", agent, seq] => {
             ObjectName::Head { system, agent: agent.parse().ok()?, seq: seq.parse().ok()? }
@@ -173,6 +192,15 @@ fn parse(text: &str) -> Option<ObjectName> {
     })
 }
 
+/// `<start>-<end>.<id>`
+fn range_and_id(file: &str) -> Option<(LsnRange, ObjectId)> {
+    let (range, id) = file.split_once('.')?;
+    let (start, end) = range.split_once('-')?;
+    let range = LsnRange::new(Lsn::from_name(start)?, Lsn::from_name(end)?);
+    let id = id.parse().ok()?;
+    (!range.is_empty()).then_some((range, id))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -182,7 +210,7 @@ mod tests {
 
     prop_compose! {
         fn any_name()(
-            which in 0..8, system: u64, bytes: [u8; 16], timeline in 1u32..,
+            which in 0..9, system: u64, bytes: [u8; 16], timeline in 1u32..,
             start in 0..u64::MAX, length in 1..u64::MAX, second in 0i64..4_000_000_000,
             agent in "[a-z][a-zA-Z0-9_.-]{0,20}", seq: u64,
         ) -> ObjectName {
@@ -198,6 +226,7 @@ mod tests {
                 1 => ObjectName::Wrap { system, epoch: EpochId::from_bytes(bytes), wrap: id },
                 2 => ObjectName::Origin { system, branch },
                 3 => ObjectName::Wal { system, branch, range, id },
+                8 => ObjectName::WalIndex { system, branch, range, id },
                 4 => ObjectName::Head { system, agent: agent.parse().unwrap(), seq },
                 5 => ObjectName::Pack { system, id },
                 6 => ObjectName::Begin { system, snapshot },

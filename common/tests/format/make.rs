@@ -41,6 +41,18 @@ async fn make_fixtures() {
     write(&manifest(&epoch, &packs, table).seal(&epoch).unwrap());
 }
 
+/// The index came after the rest.
+#[tokio::test]
+#[ignore = "fixtures are files, and are never made again"]
+async fn add_the_index() {
+    assert!(!fixtures().join(format!("{SYSTEM}/walindex")).exists(), "made only once");
+    let (objects, epoch) = crate::fixtures::all().await;
+    let wal = objects.iter().find(|(name, _)| ObjectKind::of(name) == ObjectKind::Wal);
+    let (name, bytes) = wal.unwrap();
+    let index = index(name.id().unwrap(), bytes.len() as u64);
+    write(&index.seal(&epoch, SYSTEM, branches()[0]).unwrap().unwrap());
+}
+
 fn write(sealed: &Sealed) {
     let path = fixtures().join(sealed.name.to_string());
     std::fs::create_dir_all(path.parent().unwrap()).unwrap();
