@@ -22,6 +22,7 @@
 //! | [`schedule`], [`keeper`] | when a snapshot is taken, and the one task that takes it |
 //! | [`epochs`], [`writer`] | data keys; writing to a location in the order of the format |
 //! | [`sync`] | copies to a location what it lacks |
+//! | `indexer` | footers of many spans in one object |
 //! | [`control`], [`status`], [`alarms`] | what the running agent tells |
 //! | [`context`] | what every task is given |
 
@@ -31,6 +32,7 @@ pub mod connect;
 pub mod context;
 pub mod control;
 pub mod epochs;
+mod indexer;
 pub mod init;
 pub mod keeper;
 mod run;

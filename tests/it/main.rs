@@ -9,6 +9,7 @@
 //! | `options` | page checksums, segment sizes, tablespaces, generations, and what `restore` offers |
 //! | `kill` | agent and server killed at any moment, state lost |
 //! | `s3` | the same over S3, with faults and refusing locations |
+//! | `index` | indexes of WAL, and what requests a location gets |
 //! | `integrity` | damaged, missing and swapped objects, wrong keys and clusters |
 //! | `refusals` | bad input: the thing, the reason, the remedy, the exit code |
 //! | `tls` | logins over TLS |
@@ -17,6 +18,7 @@
 mod decoder;
 mod folder;
 mod harness;
+mod index;
 mod integrity;
 mod kill;
 mod options;

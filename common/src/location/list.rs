@@ -44,14 +44,19 @@ impl Location {
         Ok((found.iter().map(|meta| self.listed(meta)).collect::<Result<_>>()?, is_all))
     }
 
-    /// Those of `list_from(folder, after)` whose path is at most `until`. For buckets, which list in order: nothing is
-    /// asked for beyond the page that reaches `until`.
+    /// Those of `list_from(folder, after)` whose path is at most `until`. Of a bucket, which lists in order, nothing
+    /// is asked for beyond the page that reaches `until`.
     pub async fn list_between(
         &self,
         folder: &str,
         after: &str,
         until: Option<&str>,
     ) -> Result<Vec<Listed>> {
+        if self.is_folder() {
+            let mut listed = self.list_from(folder, after).await?;
+            listed.retain(|object| until.is_none_or(|until| object.path.as_str() <= until));
+            return Ok(listed);
+        }
         let (at, offset) = (self.at(folder)?, self.at(after)?);
         let mut found = self.0.reads.list_with_offset(Some(&at), &offset);
         let mut listed = Vec::new();
