@@ -118,7 +118,8 @@ async fn written_and_only_a_cache(scene: &Scene, major: Major) -> Result<()> {
     let newest = end.align_down(BLOCK_BYTES);
     wait_for_index(&near, "the newest block again", |_, end| end == newest).await?;
     site.agent.terminate(PATIENCE).await?;
-    ensure!(ask(&site).await? == plans, "with new indexes");
+    // What is newest has moved on with the server; what was has not.
+    ensure!(ask(&site).await?[1] == plans[1], "with new indexes");
     ensure!(!objects(&near)?.is_empty(), "the location is there");
     Ok(())
 }
