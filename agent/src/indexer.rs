@@ -93,8 +93,7 @@ impl Indexer {
     async fn make_up_for_others(&mut self, current: Branch) -> Result<()> {
         let root = folder::wal(self.context.system);
         let root = &root;
-        let folders =
-            self.first_that_answers(|location| async move { location.folders(root).await }).await?;
+        let folders = self.ask_any(|location| async move { location.folders(root).await }).await?;
         for folder in folders {
             let branch = folder.trim_end_matches('/').rsplit('/').next().map(str::parse::<Branch>);
             let Some(Ok(branch)) = branch else { continue };
@@ -102,9 +101,8 @@ impl Indexer {
                 continue;
             }
             let folder = &folder;
-            let last = self
-                .first_that_answers(|location| async move { last_end(&location, folder).await })
-                .await?;
+            let last =
+                self.ask_any(|location| async move { last_end(&location, folder).await }).await?;
             let to = self.blocks.last_end(last);
             self.index(branch, to).await?;
             self.done.insert(branch, to);
@@ -116,7 +114,7 @@ impl Indexer {
     async fn index(&self, branch: Branch, to: Lsn) -> Result<()> {
         let root = folder::branch(self.context.system, branch);
         let root = &root;
-        let first = self.first_that_answers(|location| async move {
+        let first = self.ask_any(|location| async move {
             let (page, _) = location.list_page(root).await?;
             Ok(page.iter().filter_map(|listed| wal_range(&listed.name)).map(|r| r.start).min())
         });
@@ -169,7 +167,7 @@ impl Indexer {
         let WalEntry { range, id, size, places } = object;
         let name = ObjectName::Wal { system: self.context.system, branch, range, id };
         let (named, keyring) = (&name, self.context.epochs.keyring());
-        let meta = self.from_places(places, named, |location| async move {
+        let meta = self.ask_places(places, named, |location| async move {
             let fetched = footer::fetch(&location, named, size).await?;
             let epoch = keyring.epoch(self.context.system, fetched.epoch(), &location).await?;
             SpanMeta::read(&fetched.meta(&epoch)?)
@@ -192,7 +190,7 @@ impl Indexer {
             let WalEntry { range, id, .. } = *index;
             let name = ObjectName::WalIndex { system: self.context.system, branch, range, id };
             let (named, keyring) = (&name, self.context.epochs.keyring());
-            let opened = self.from_places(index.places, named, |location| async move {
+            let opened = self.ask_places(index.places, named, |location| async move {
                 let bytes = location.get(named).await?;
                 let header = Header::check(&bytes, named)?;
                 let epoch = keyring.epoch(self.context.system, header.epoch(), &location).await?;
@@ -288,16 +286,16 @@ impl Indexer {
     }
 
     /// The answer of the first location that gives one.
-    async fn first_that_answers<T, F>(&self, ask: impl Fn(Location) -> F) -> Result<T>
+    async fn ask_any<T, F>(&self, ask: impl Fn(Location) -> F) -> Result<T>
     where
         F: Future<Output = Result<T>>,
     {
         let all = Places::all(self.context.writers.len());
-        self.from_places(all, &ObjectName::Cluster, ask).await
+        self.ask_places(all, &ObjectName::Cluster, ask).await
     }
 
     /// The answer of the first of `places` that gives a good one.
-    async fn from_places<T, F>(
+    async fn ask_places<T, F>(
         &self,
         places: Places,
         name: &ObjectName,

@@ -64,7 +64,10 @@ pub(super) struct Counted {
 }
 
 impl Counted {
-    pub(super) fn new(store: Arc<dyn ObjectStore>, counter: &Arc<Counter>) -> Arc<dyn ObjectStore> {
+    pub(super) fn wrap(
+        store: Arc<dyn ObjectStore>,
+        counter: &Arc<Counter>,
+    ) -> Arc<dyn ObjectStore> {
         Arc::new(Counted { store, counter: counter.clone() })
     }
 
