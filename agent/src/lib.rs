@@ -25,6 +25,7 @@
 //! | [`sync`] | copies to a location what it lacks |
 //! | [`prune`] | deletes what no moment of the window needs |
 //! | [`synchronous`] | whether commits wait for this agent |
+//! | `indexer` | footers of many spans in one object |
 //! | [`control`], [`status`], [`alarms`] | what the running agent tells |
 //! | [`context`] | what every task is given |
 
@@ -34,6 +35,7 @@ pub mod connect;
 pub mod context;
 pub mod control;
 pub mod epochs;
+mod indexer;
 pub mod init;
 pub mod keeper;
 pub mod lease;

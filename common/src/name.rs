@@ -18,6 +18,8 @@ pub enum ObjectName {
     Origin { system: SystemId, branch: Branch },
     /// A span or a piece of WAL.
     Wal { system: SystemId, branch: Branch, range: LsnRange, id: ObjectId },
+    /// A cache: what the footers of all WAL objects in the range say.
+    WalIndex { system: SystemId, branch: Branch, range: LsnRange, id: ObjectId },
     /// "Covered until": the agent's word for an idle server.
     Head { system: SystemId, agent: AgentName, seq: u64 },
     /// Frames of snapshots.
@@ -67,6 +69,15 @@ pub mod folder {
         format!("{system}/wal/{branch}/{:08X}/{}", lsn.get() >> 32, lsn.name())
     }
 
+    /// All branches' indexes of WAL.
+    pub fn walindexes(system: SystemId) -> String {
+        format!("{system}/walindex/")
+    }
+
+    pub fn walindex(system: SystemId, branch: Branch) -> String {
+        format!("{system}/walindex/{branch}/")
+    }
+
     pub fn heads(system: SystemId) -> String {
         format!("{system}/head/")
     }
@@ -104,6 +115,7 @@ impl ObjectName {
             ObjectName::Wrap { system, .. }
             | ObjectName::Origin { system, .. }
             | ObjectName::Wal { system, .. }
+            | ObjectName::WalIndex { system, .. }
             | ObjectName::Head { system, .. }
             | ObjectName::Pack { system, .. }
             | ObjectName::Begin { system, .. }
@@ -122,6 +134,7 @@ impl ObjectName {
         match self {
             ObjectName::Wrap { wrap: id, .. }
             | ObjectName::Wal { id, .. }
+            | ObjectName::WalIndex { id, .. }
             | ObjectName::Gap { id, .. }
             | ObjectName::Pack { id, .. }
             | ObjectName::Condemned { run: id, .. } => Some(*id),
@@ -140,6 +153,12 @@ impl fmt::Display for ObjectName {
                 f,
                 "{system}/wal/{branch}/{:08X}/{}-{}.{id}",
                 range.start.get() >> 32,
+                range.start.name(),
+                range.end.name()
+            ),
+            ObjectName::WalIndex { system, branch, range, id } => write!(
+                f,
+                "{system}/walindex/{branch}/{}-{}.{id}",
                 range.start.name(),
                 range.end.name()
             ),
@@ -198,6 +217,10 @@ fn parse(text: &str) -> Option<ObjectName> {
             ObjectName::Gap { system, branch: branch.parse().ok()?, range, id }
         }
         ["lease", generation] => ObjectName::Lease { system, generation: generation.parse().ok()? },
+        ["walindex", branch, file] => {
+            let (range, id) = range_and_id(file)?;
+            ObjectName::WalIndex { system, branch: branch.parse().ok()?, range, id }
+        }
         ["head", agent, seq] => {
             ObjectName::Head { system, agent: agent.parse().ok()?, seq: seq.parse().ok()? }
         }
@@ -234,7 +257,7 @@ mod tests {
 
     prop_compose! {
         fn any_name()(
-            which in 0..12, system: u64, bytes: [u8; 16], timeline in 1u32..,
+            which in 0..13, system: u64, bytes: [u8; 16], timeline in 1u32..,
             start in 0..u64::MAX, length in 1..u64::MAX, second in 0i64..4_000_000_000,
             agent in "[a-z][a-zA-Z0-9_.-]{0,20}", seq: u64,
         ) -> ObjectName {
@@ -250,6 +273,7 @@ mod tests {
                 1 => ObjectName::Wrap { system, epoch: EpochId::from_bytes(bytes), wrap: id },
                 2 => ObjectName::Origin { system, branch },
                 3 => ObjectName::Wal { system, branch, range, id },
+                11 => ObjectName::WalIndex { system, branch, range, id },
                 4 => ObjectName::Head { system, agent: agent.parse().unwrap(), seq },
                 5 => ObjectName::Pack { system, id },
                 6 => ObjectName::Begin { system, snapshot },

@@ -14,6 +14,7 @@
 //! | `kill` | agent and server killed at any moment, state lost |
 //! | `snapshots` | snapshots that refer to each other: right, and at the cost of what changed |
 //! | `s3` | the same over S3, with faults and refusing locations |
+//! | `index` | indexes of WAL, and what requests a location gets |
 //! | `integrity` | damaged, missing and swapped objects, wrong keys and clusters |
 //! | `refusals` | bad input: the thing, the reason, the remedy, the exit code |
 //! | `retention` | prune, pins, and restores beside them |
@@ -28,6 +29,7 @@ mod delta;
 mod failover;
 mod folder;
 mod harness;
+mod index;
 mod integrity;
 mod kill;
 mod options;

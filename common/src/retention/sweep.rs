@@ -126,6 +126,10 @@ impl Sweep<'_> {
             ObjectName::Pin { pin, .. } => self.pin(*pin, name),
             ObjectName::Lease { generation, .. } => self.lease(*generation),
             ObjectName::Gap { branch, range, .. } => self.gap(*branch, *range),
+            ObjectName::WalIndex { branch, range, .. } => match self.is_needed(*branch, *range) {
+                true => Ok(Stays::Window),
+                false => Err(Gone::Index),
+            },
         }
     }
 
@@ -146,14 +150,17 @@ impl Sweep<'_> {
         self.packs.get(id).copied().or(running).ok_or(Gone::Pack)
     }
 
-    fn wal(&self, branch: Branch, range: LsnRange) -> Result<Stays, Gone> {
+    /// Whether WAL of the range stays.
+    fn is_needed(&self, branch: Branch, range: LsnRange) -> bool {
         let needed = self.kept.wal.get(&branch).map_or(&[][..], Vec::as_slice);
         // Disjoint and sorted, so the ends are sorted too.
         let next = needed.partition_point(|need| need.end <= range.start);
-        match needed.get(next).is_some_and(|need| need.start < range.end) {
-            false if needed.is_empty() && !self.kept.branches.contains(&branch) => {
-                Err(Gone::Branch)
-            }
+        needed.get(next).is_some_and(|need| need.start < range.end)
+    }
+
+    fn wal(&self, branch: Branch, range: LsnRange) -> Result<Stays, Gone> {
+        match self.is_needed(branch, range) {
+            false if !self.kept.branches.contains(&branch) => Err(Gone::Branch),
             false => Err(Gone::Wal),
             true if self.superseded.contains(&(branch, range)) => Err(Gone::Superseded),
             true => Ok(Stays::Window),

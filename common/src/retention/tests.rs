@@ -409,3 +409,20 @@ fn a_gap_goes_with_the_wal_on_both_sides() {
     assert_eq!(verdict.goes.get(&before), Some(&Gone::Gap));
     assert!(verdict.stays.contains_key(&edge) && verdict.stays.contains_key(&inside));
 }
+
+#[test]
+fn an_index_goes_when_no_wal_of_its_block_stays() {
+    let (mut story, snapshots) = Story::daily(12);
+    let from = story.0.manifests[&snapshots[4]].wal_needed().start.get() / MIB;
+    let mut index = |from: u64, to: u64| {
+        let range = LsnRange::new(Lsn::new(from * MIB), Lsn::new(to * MIB));
+        let id = ObjectId::from_bytes((from << 20 | to).to_be_bytes());
+        let name = ObjectName::WalIndex { system: SYSTEM, branch: branch(1), range, id };
+        story.list(name.clone(), ago(300.0), 1);
+        name
+    };
+    let (before, across) = (index(0, from), index(0, from + 1));
+    let verdict = judge(&story.0, &week());
+    assert_eq!(verdict.goes.get(&before), Some(&Gone::Index));
+    assert!(verdict.stays.contains_key(&across));
+}

@@ -62,6 +62,8 @@ pub enum Gone {
     Lease,
     /// A gap in WAL that nothing which stays replays.
     Gap,
+    /// An index of WAL of which nothing stays.
+    Index,
     /// The pin has ended or been renewed.
     Pin,
     /// All that it condemned is gone.
@@ -80,6 +82,7 @@ impl fmt::Display for Gone {
             Gone::Head => "later heads replace it",
             Gone::Lease => "no snapshot is older than the lease",
             Gone::Gap => "nothing that stays replays the WAL around the gap",
+            Gone::Index => "nothing that stays replays the WAL that it indexes",
             Gone::Pin => "the pin has ended or was renewed",
             Gone::Condemned => "all that it condemned is gone",
         })

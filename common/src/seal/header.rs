@@ -38,6 +38,7 @@ pub enum ObjectKind {
     Wrap = 2,
     Origin = 3,
     Wal = 4,
+    WalIndex = 5,
     Head = 6,
     Pack = 7,
     Begin = 8,
@@ -49,11 +50,12 @@ pub enum ObjectKind {
 }
 
 impl ObjectKind {
-    const ALL: [ObjectKind; 12] = [
+    const ALL: [ObjectKind; 13] = [
         ObjectKind::Cluster,
         ObjectKind::Wrap,
         ObjectKind::Origin,
         ObjectKind::Wal,
+        ObjectKind::WalIndex,
         ObjectKind::Head,
         ObjectKind::Pack,
         ObjectKind::Begin,
@@ -71,6 +73,7 @@ impl ObjectKind {
             ObjectName::Wrap { .. } => ObjectKind::Wrap,
             ObjectName::Origin { .. } => ObjectKind::Origin,
             ObjectName::Wal { .. } => ObjectKind::Wal,
+            ObjectName::WalIndex { .. } => ObjectKind::WalIndex,
             ObjectName::Head { .. } => ObjectKind::Head,
             ObjectName::Pack { .. } => ObjectKind::Pack,
             ObjectName::Begin { .. } => ObjectKind::Begin,

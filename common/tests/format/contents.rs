@@ -3,7 +3,7 @@
 use backstay_common::condemned::Condemned;
 use backstay_common::gap::{Cause, Gap};
 use backstay_common::head::Head;
-use backstay_common::id::{Branch, SnapshotId, SystemId};
+use backstay_common::id::{Branch, ObjectId, SnapshotId, SystemId};
 use backstay_common::keys::Keyring;
 use backstay_common::keys::file::FileProvider;
 use backstay_common::lease::Lease;
@@ -17,6 +17,7 @@ use backstay_common::segment::TimelineId;
 use backstay_common::snapshot::{Begin, FileDigest, PageHash, page_hash};
 use backstay_common::span::SpanMeta;
 use backstay_common::wal::{Minima, RestorePoint, Summary};
+use backstay_common::walindex::{IndexEntry, WalIndex};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -103,6 +104,18 @@ pub fn span_meta() -> SpanMeta {
     };
     let clock = Some(PgTime(848_541_606_000_000));
     SpanMeta { summary, clock, major: 17, segment_bytes: 16 << 20 }
+}
+
+/// Of a block of four spans: that of the fixtures, and one that is gone.
+pub fn index(id: ObjectId, size: u64) -> WalIndex {
+    let block = LsnRange::new(Lsn::new(0x16_B000_0000), Lsn::new(0x16_B400_0000));
+    let gone = LsnRange::new(Lsn::new(0x16_B200_0000), Lsn::new(0x16_B300_0000));
+    let plain = SpanMeta { summary: Summary::default(), clock: None, ..span_meta() };
+    let entries = vec![
+        IndexEntry::new(range(), id, size, span_meta()),
+        IndexEntry::new(gone, ObjectId::from_bytes(*b"long ago"), 4711, plain),
+    ];
+    WalIndex::new(block, entries)
 }
 
 pub fn head() -> (ObjectName, Head) {

@@ -18,6 +18,7 @@ use backstay_common::snapshot::{
     TablePart,
 };
 use backstay_common::span::WalObject;
+use backstay_common::walindex::WalIndex;
 use bytes::Bytes;
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -45,7 +46,7 @@ fn of_kind(objects: &BTreeMap<ObjectName, Bytes>, kind: ObjectKind) -> Vec<(&Obj
 #[tokio::test]
 async fn every_object_checks_without_a_key() {
     let (objects, _) = all().await;
-    assert_eq!(objects.len(), 16);
+    assert_eq!(objects.len(), 17);
     for (name, bytes) in &objects {
         assert_eq!(Header::check(bytes, name).unwrap().name(), name);
     }
@@ -89,6 +90,15 @@ async fn wal_opens() {
     let object = WalObject::open(bytes, name, &epoch).unwrap();
     assert_eq!((object.range, &object.meta), (range(), &span_meta()));
     assert!(object.wal().unwrap() == wal());
+}
+
+#[tokio::test]
+async fn an_index_opens() {
+    let (objects, epoch) = all().await;
+    let (wal, stored) = of_kind(&objects, ObjectKind::Wal).remove(0);
+    let (name, bytes) = of_kind(&objects, ObjectKind::WalIndex).remove(0);
+    let opened = WalIndex::open(bytes, name, &epoch).unwrap();
+    assert_eq!(opened, index(wal.id().unwrap(), stored.len() as u64));
 }
 
 /// Reads as a restore does: only what the manifest names, with ranges of packs.

@@ -66,6 +66,17 @@ async fn make_leases_and_gaps() {
     write(&gap().seal(&epoch, SYSTEM));
 }
 
+#[tokio::test]
+#[ignore = "fixtures are files, and are never made again"]
+async fn make_the_index() {
+    let (objects, epoch) = all().await;
+    require_none(&objects, &[ObjectKind::WalIndex]);
+    let wal = objects.iter().find(|(name, _)| ObjectKind::of(name) == ObjectKind::Wal);
+    let (name, bytes) = wal.unwrap();
+    let index = index(name.id().unwrap(), bytes.len() as u64);
+    write(&index.seal(&epoch, SYSTEM, branches()[0]).unwrap().unwrap());
+}
+
 fn require_none(objects: &BTreeMap<ObjectName, Bytes>, kinds: &[ObjectKind]) {
     let is_there = objects.keys().any(|name| kinds.contains(&ObjectKind::of(name)));
     assert!(!is_there, "fixtures are never made again");

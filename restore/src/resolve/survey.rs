@@ -1,6 +1,7 @@
 //! What has been read for a plan: manifests, origins, footers, heads, and decoded WAL where nothing less will do.
 
 use super::extend::Extension;
+use super::footers::Footers;
 use super::line::{Line, Past};
 use super::reach::{Reach, Stretch};
 use crate::access::Access;
@@ -8,7 +9,7 @@ use crate::wal_source::{WalSource, pieces};
 use backstay_common::catalog::Catalog;
 use backstay_common::gap::Gap;
 use backstay_common::head::Head;
-use backstay_common::id::{Branch, ObjectId, SnapshotId};
+use backstay_common::id::{Branch, SnapshotId};
 use backstay_common::lease::{self, Lease};
 use backstay_common::lsn::{Lsn, LsnRange};
 use backstay_common::name::ObjectName;
@@ -20,9 +21,9 @@ use backstay_common::span::SpanMeta;
 use backstay_common::wal::{Decoder, Event, WalVersion};
 use backstay_common::{Error, Kind, Result};
 use futures::{StreamExt, TryStreamExt};
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
 use tokio::sync::OnceCell;
 
 /// Small objects that are read at once.
@@ -46,7 +47,7 @@ pub struct Survey {
     /// Snapshots and branches that could not be read, in words.
     pub notes: Vec<String>,
     pub(super) extension: Option<Extension>,
-    footers: Mutex<HashMap<ObjectId, Arc<SpanMeta>>>,
+    footers: Footers,
     heads: OnceCell<Vec<Head>>,
     retry: AtomicBool,
 }
@@ -73,7 +74,7 @@ impl Survey {
             gaps: Vec::new(),
             notes: Vec::new(),
             extension: None,
-            footers: Mutex::default(),
+            footers: Footers::default(),
             heads: OnceCell::new(),
             retry: AtomicBool::new(false),
         };
@@ -192,6 +193,7 @@ impl Survey {
 
     /// The footer of each stretch.
     pub async fn footers(&self, stretches: &[Stretch]) -> Result<Vec<Arc<SpanMeta>>> {
+        self.footers.ask_indexes(&self.source, stretches).await;
         let reads = stretches.iter().map(|stretch| self.footer(stretch));
         futures::stream::iter(reads).buffered(FOOTERS_AT_ONCE).try_collect().await
     }
@@ -202,13 +204,13 @@ impl Survey {
             let meta = extension.map(|extension| extension.meta.clone());
             return meta.ok_or_else(|| Error::new(Kind::Bug, "a stretch is stored nowhere"));
         };
-        if let Some(meta) = self.kept().get(&entry.id) {
-            return Ok(meta.clone());
+        if let Some(meta) = self.footers.get(entry.id) {
+            return Ok(meta);
         }
         let name = self.source.name(stretch.branch, &entry);
         let read = self.source.access().read_meta(&name, entry.size, entry.places).await;
         match read.and_then(|meta| SpanMeta::read(&meta)) {
-            Ok(meta) => Ok(self.kept().entry(entry.id).or_insert(Arc::new(meta)).clone()),
+            Ok(meta) => Ok(self.footers.keep(entry.id, meta)),
             Err(error) => {
                 let spoilt = matches!(error.kind(), Kind::Corrupt | Kind::Missing);
                 if spoilt && self.source.pass_over(stretch.branch, &entry, &error) {
@@ -217,10 +219,6 @@ impl Survey {
                 Err(error)
             }
         }
-    }
-
-    fn kept(&self) -> std::sync::MutexGuard<'_, HashMap<ObjectId, Arc<SpanMeta>>> {
-        self.footers.lock().expect("no panic while held")
     }
 
     /// Decodes `range` of a branch; it begins at a record's or a page's start. A break in the records is an error.
