@@ -174,23 +174,34 @@ async fn copy_missing(
 
 /// What a location lacks of `all`, in groups that must be stored one after the other.
 ///
-/// WAL counts as there if the location's own objects cover its range: pieces that a span has superseded
-/// do not come back.
+/// WAL counts as there if the location's own objects cover its range, and an index if a larger one does: pieces that a
+/// span has superseded do not come back.
 fn missing(has: &BTreeSet<ObjectName>, all: &BTreeSet<ObjectName>) -> Vec<Vec<ObjectName>> {
     let covered = coverage(has);
+    let indexes: Vec<(Branch, LsnRange)> = has
+        .iter()
+        .filter_map(|name| match name {
+            ObjectName::WalIndex { branch, range, .. } => Some((*branch, *range)),
+            _ => None,
+        })
+        .collect();
     let is_covered = |name: &ObjectName| match name {
+        ObjectName::WalIndex { branch, range, .. } => {
+            indexes.iter().any(|(of, larger)| of == branch && larger.covers(range))
+        }
         ObjectName::Wal { branch, range, .. } => covered
             .get(branch)
             .is_some_and(|ranges| ranges.iter().any(|covered| covered.covers(range))),
         _ => false,
     };
-    let mut groups = vec![Vec::new(); 4];
+    let mut groups = vec![Vec::new(); 5];
     for name in all.difference(has).filter(|name| !is_covered(name)) {
         let group = match name {
-            ObjectName::Wrap { .. } => 0,
+            ObjectName::Wrap { .. } | ObjectName::Lease { .. } => 0,
             ObjectName::Origin { .. } | ObjectName::Begin { .. } | ObjectName::Pin { .. } => 1,
-            ObjectName::Pack { .. } | ObjectName::Wal { .. } => 2,
-            ObjectName::Manifest { .. } => 3,
+            ObjectName::Pack { .. } | ObjectName::Wal { .. } | ObjectName::Gap { .. } => 2,
+            ObjectName::WalIndex { .. } => 3,
+            ObjectName::Manifest { .. } => 4,
             // They speak of one location.
             ObjectName::Cluster
             | ObjectName::Accepted { .. }
@@ -280,6 +291,21 @@ mod tests {
         let all: BTreeSet<_> =
             [wal(0, 100, 1), wal(0, 40, 2), wal(40, 100, 3), wal(100, 120, 4)].into();
         assert_eq!(missing(&has, &all).concat(), [wal(100, 120, 4)]);
+    }
+
+    #[test]
+    fn an_index_that_a_larger_one_has_replaced_does_not_come_back() {
+        let index = |start: u64, end: u64| -> ObjectName {
+            let branch = "00000001-01020304".parse().unwrap();
+            let range = LsnRange::new(Lsn::new(start), Lsn::new(end));
+            ObjectName::WalIndex { system: SYSTEM, branch, range, id: ObjectId::random() }
+        };
+        let has: BTreeSet<_> = [index(0, 16)].into();
+        let all: BTreeSet<_> = has.iter().cloned().chain([index(0, 4), index(16, 20)]).collect();
+        let lacked = missing(&has, &all).concat();
+        assert!(
+            matches!(lacked[..], [ObjectName::WalIndex { range, .. }] if range.end == Lsn::new(20))
+        );
     }
 
     #[test]

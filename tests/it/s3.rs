@@ -17,7 +17,7 @@ use std::fmt::Write as _;
 use std::time::{Duration, Instant};
 
 /// A location of this name in the bucket.
-fn with_bucket(configuration: Configuration, bucket: &Bucket, name: &str) -> Configuration {
+pub fn with_bucket(configuration: Configuration, bucket: &Bucket, name: &str) -> Configuration {
     let settings = bucket.settings(name);
     let mut lines = String::new();
     let mut line = |key: &str, value: Option<String>| {
