@@ -288,7 +288,8 @@ fn tidy_line(path: &WalPath, line: &Arc<Line>) -> Result<()> {
 fn forgettable(state: &State, line: &Line) -> Lsn {
     let locations = 0..state.health.len();
     let stored = locations.map(|l| state.shelf.frontier(l, line.number)).min();
-    let stored = stored.unwrap_or(Lsn::INVALID);
+    // Pieces may be everywhere while the span that supersedes them is yet to be sealed.
+    let stored = stored.unwrap_or(Lsn::INVALID).min(line.unsealed_from().unwrap_or(Lsn::MAX));
     match line.number == state.current {
         false => stored,
         true => {
