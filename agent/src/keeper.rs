@@ -78,7 +78,7 @@ impl Keeper {
 struct Newest {
     id: SnapshotId,
     timeline: Option<TimelineId>,
-    /// The last gap that it lies behind.
+    /// It lies behind every gap that ends by then.
     gap_end: Option<Lsn>,
 }
 
@@ -294,8 +294,9 @@ impl KeeperTask {
         let (id, location) = listings.into_iter().flatten().max_by_key(|(id, _)| *id)?;
         let name = ObjectName::Manifest { system: self.context.system, snapshot: id };
         let manifest = location.get(&name).await.and_then(|bytes| read_plain(&bytes, &name));
-        let timeline = manifest.ok().map(|(_, plain)| plain.branch.timeline);
-        Some(Newest { id, timeline, gap_end: None })
+        let plain = manifest.ok().map(|(_, plain)| plain);
+        let timeline = plain.as_ref().map(|plain| plain.branch.timeline);
+        Some(Newest { id, timeline, gap_end: plain.map(|plain| plain.start) })
     }
 
     fn update(&self, change: impl FnOnce(&mut SnapshotStatus)) {
@@ -305,7 +306,9 @@ impl KeeperTask {
 
 /// What the WAL path has met since the newest snapshot that wants another one at once.
 fn reason_of(wal: &WalStatus, last: Newest) -> Option<Reason> {
-    if wal.gap_end > last.gap_end {
+    // While every location is away, one would only fail, and then wait.
+    let is_any_there = wal.locations.iter().any(|location| location.last_error.is_none());
+    if wal.gap_end > last.gap_end && is_any_there {
         return Some(Reason::AfterGap);
     }
     (last.timeline.is_some() && wal.timeline > last.timeline).then_some(Reason::NewTimeline)

@@ -4,7 +4,7 @@
 //!   walsender
 //!      │                 session    connects, decides where to begin, follows timelines, records gaps
 //!      ▼
-//!   receive ◄─────────── status reports: what `frontier` says is proved
+//!   receive ◄─────────── status reports: what `frontier` says is proved        slot: is it in danger?
 //!      │ bounded queue
 //!      ▼
 //!   pipeline             continues? equal? decodes ─► cut: when a piece, when a span
@@ -21,8 +21,8 @@
 //!      └─► ship (virginia)  ─► location      fill: what only another location has
 //! ```
 //!
-//! What always holds: bytes leave the spool only when every location has them and PostgreSQL has been told so; nothing
-//! is acknowledged but what the policy proves; a dead location costs the others nothing but room in the spool. A
+//! What always holds: bytes leave the spool only when every location has them and PostgreSQL has been told so, or by
+//! `release`, where the operator wants that, and on record; nothing is acknowledged but what the policy proves; a dead location costs the others nothing but room in the spool. A
 //! crash at any instruction leaves the spool, whose folders say what they are, and whole objects; `board`, the only state in
 //! memory, is made from them anew.
 
@@ -34,11 +34,13 @@ mod frontier;
 mod line;
 mod pipeline;
 mod receive;
+mod release;
 mod seal;
 mod sealed;
 mod session;
 mod shelf;
 mod ship;
+mod slot;
 mod spool;
 
 use crate::context::AgentContext;
@@ -52,8 +54,9 @@ use line::Line;
 use pipeline::Pipeline;
 use sealed::Sealed;
 use serde::Serialize;
+pub use slot::SlotStatus;
 use std::io::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::sync::{mpsc, watch};
@@ -80,7 +83,9 @@ pub struct WalStatus {
     /// The server's clock in its last message.
     pub server_clock: Option<jiff::Timestamp>,
     pub spool_bytes: u64,
-    /// Where the WAL goes on behind the last gap that this process met. Only a snapshot from there on closes it.
+    /// What the server says of our slot; none as long as it has not been asked.
+    pub slot: Option<SlotStatus>,
+    /// Where the WAL goes on behind the last gap on record. Only a snapshot from there on closes it.
     pub gap_end: Option<Lsn>,
     /// In the order of the config.
     pub locations: Vec<LocationWal>,
@@ -124,6 +129,7 @@ pub async fn run(context: Arc<AgentContext>, status: watch::Sender<WalStatus>) -
     path.spawn(publish(path.clone(), status));
     path.spawn(keep_synced(path.clone()));
     path.spawn(tidy(path.clone()));
+    path.spawn(slot::run(path.clone()));
     for location in 0..context.writers.len() {
         path.spawn(ship::run(path.clone(), location, path.halt.clone()));
     }
@@ -158,6 +164,8 @@ fn open(
     for item in path.sealed.load(&lines)? {
         path.board.update(|state| state.shelf.add(item));
     }
+    let gap_end = last_gap_end(&path.root)?;
+    path.board.update(|state| state.server.gap_end = gap_end);
     let mut current = None;
     for line in &lines {
         // Only the last goes on; the others were ended, or would have been.
@@ -207,18 +215,23 @@ impl WalPath {
         self.spawn(seal::run(self.clone(), line.clone()));
     }
 
-    /// Writes a gap to `gaps`, durably, and raises the alarm. Blocks for moments.
+    /// Records WAL that the server no longer has. Blocks for moments.
     fn record_gap(&self, gap: LsnRange) -> Result<()> {
-        let timeline =
-            self.board.read(|state| state.lines.get(&state.current).map(|line| line.timeline()));
+        let current = self.board.read(|state| state.lines.get(&state.current).cloned());
+        let Some(line) = current else { return Ok(()) };
         let reason = format!("the server no longer has the WAL of {gap}");
-        self.context.alarms.raise("wal-gap", "", &reason);
-        self.board.update(|state| state.server.gap_end = Some(gap.end));
+        self.record_gap_of(gap, line.timeline(), &reason)
+    }
+
+    /// Writes a gap to `gaps`, durably, and raises the alarm. Blocks for moments.
+    fn record_gap_of(&self, gap: LsnRange, timeline: TimelineId, reason: &str) -> Result<()> {
+        self.context.alarms.raise("wal-gap", "", reason);
         let entry = serde_json::json!({
             "start": gap.start,
             "end": gap.end,
             "timeline": timeline,
             "noticed": jiff::Timestamp::now(),
+            "reason": reason,
         });
         let file = self.root.join("gaps");
         let write = || -> std::io::Result<()> {
@@ -227,8 +240,22 @@ impl WalPath {
             gaps.sync_all()?;
             spool::sync_folder(&self.root)
         };
-        write().context(format!("write {}", file.display()))
+        write().context(format!("write {}", file.display()))?;
+        self.board.update(|state| state.server.gap_end = Some(gap.end));
+        Ok(())
     }
+}
+
+/// Where the WAL goes on behind the last gap on record; none if there is none. Blocks.
+fn last_gap_end(root: &Path) -> Result<Option<Lsn>> {
+    let file = root.join("gaps");
+    let text = match std::fs::read_to_string(&file) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+        read => read.context(format!("read {}", file.display()))?,
+    };
+    // A line that a crash cut short is of a gap that was found again.
+    let ends = text.lines().filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok());
+    Ok(ends.filter_map(|gap| gap["end"].as_str()?.parse().ok()).last())
 }
 
 /// Fsyncs the spool whenever bytes wait and no fsync is under way.
@@ -387,6 +414,7 @@ fn describe(context: &AgentContext, state: &State) -> WalStatus {
         server_end: state.server.end,
         server_clock: state.server.clock.map(|clock| clock.timestamp()),
         spool_bytes: state.spool_bytes(),
+        slot: state.server.slot.clone(),
         gap_end: state.server.gap_end,
         locations: locations.collect(),
         last_error: state.server.last_error.clone(),

@@ -4,6 +4,7 @@
 use super::frontier::Frontier;
 use super::line::Line;
 use super::shelf::Shelf;
+use super::slot::SlotStatus;
 use backstay_common::config::Acknowledge;
 use backstay_common::lsn::Lsn;
 use backstay_common::pgtime::PgTime;
@@ -44,6 +45,8 @@ pub struct Server {
     pub quiet: Option<(Lsn, PgTime)>,
     /// Its shutdown checkpoint came then, and nothing after it.
     pub leaving: Option<Instant>,
+    /// Our slot, when the server was last asked.
+    pub slot: Option<SlotStatus>,
     /// Where the WAL goes on behind the last gap.
     pub gap_end: Option<Lsn>,
     pub last_error: Option<String>,

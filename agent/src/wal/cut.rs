@@ -140,10 +140,12 @@ impl Uncut {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use backstay_common::config::OnSpoolFull;
 
     fn rules(acknowledge: Acknowledge) -> Rules {
         let flush_interval = Duration::from_secs(5);
-        Rules::new(&DurabilitySettings { acknowledge, flush_interval })
+        let on_spool_full = OnSpoolFull::Hold;
+        Rules::new(&DurabilitySettings { acknowledge, flush_interval, on_spool_full })
     }
 
     #[test]

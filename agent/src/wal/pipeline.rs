@@ -10,7 +10,9 @@ use super::cut::{
     BEHIND_BYTES, COMMIT_PAUSE, Cut, GROUP_PIECES, Group, Rules, TAIL_BYTES_MAX, Uncut,
 };
 use super::line::Line;
+use super::release::release_oldest;
 use super::spool::is_no_space;
+use backstay_common::config::OnSpoolFull;
 use backstay_common::lsn::{Lsn, LsnRange, covered_until};
 use backstay_common::pgtime::PgTime;
 use backstay_common::wal::{DecodeError, Decoder, EventKind, Summary, WalVersion};
@@ -24,6 +26,8 @@ use tokio_util::sync::CancellationToken;
 
 /// How long a full spool is left alone.
 const HOLD: Duration = Duration::from_millis(250);
+/// How long it must have been full before anything is given up.
+const RELEASE_PATIENCE: Duration = Duration::from_secs(5);
 /// Bytes read from the spool at once.
 const BLOCK_BYTES: u64 = 1 << 20;
 
@@ -92,6 +96,8 @@ pub struct Pipeline {
     clock: Option<PgTime>,
     /// The last shutdown checkpoint.
     shutdown: Option<Lsn>,
+    /// When the spool became full, if it is.
+    full_since: Option<Instant>,
 }
 
 impl Pipeline {
@@ -120,6 +126,7 @@ impl Pipeline {
             uncut: Uncut::default(),
             clock: None,
             shutdown: None,
+            full_since: None,
             path,
             line,
         };
@@ -469,40 +476,55 @@ impl Pipeline {
         Ok(Fault::Broken(fault))
     }
 
-    /// Waits while the spool holds as much as it may.
-    async fn wait_for_room(&self, over: &CancellationToken) -> Result<(), Fault> {
+    /// Waits while the spool holds as much as it may, or makes room.
+    async fn wait_for_room(&mut self, over: &CancellationToken) -> Result<(), Fault> {
         let max = self.path.context.settings.spool.bytes_max;
-        let alarms = &self.path.context.alarms;
         loop {
             let used = self.path.board.read(|state| state.spool_bytes());
+            // It stays an alarm while room is made a file at a time.
+            if used < max / 10 * 9 {
+                self.full_since = None;
+                self.path.context.alarms.clear("spool-full", "");
+            }
             if used < max {
-                alarms.clear("spool-full", "");
                 return Ok(());
             }
-            let reason =
-                format!("the spool holds {used} of {max} bytes: WAL is left at the server");
-            alarms.raise("spool-full", "", reason);
-            hold(over).await?;
+            if !self.make_room("", &format!("the spool holds {used} of {max} bytes"))? {
+                hold(over).await?;
+            }
         }
     }
 
-    async fn append(&self, bytes: &[u8], over: &CancellationToken) -> Result<(), Fault> {
-        let alarms = &self.path.context.alarms;
+    /// Raises the alarm, and gives up the oldest WAL if the operator wants that. False if there is nothing to do but wait.
+    fn make_room(&mut self, subject: &str, why: &str) -> Result<bool> {
+        let is_release =
+            self.path.context.settings.durability.on_spool_full == OnSpoolFull::Release;
+        // Locations that are there, and only slow to answer, are waited for.
+        let full_since = *self.full_since.get_or_insert_with(Instant::now);
+        let uncut = self.withheld.first().map_or(self.cut_from, |(before, _)| *before);
+        let is_made = is_release
+            && full_since.elapsed() >= RELEASE_PATIENCE
+            && release_oldest(&self.path, uncut.min(self.proven))?;
+        let what = if is_made { "the oldest WAL is given up" } else { "WAL is left at the server" };
+        self.path.context.alarms.raise("spool-full", subject, format!("{why}: {what}"));
+        Ok(is_made)
+    }
+
+    async fn append(&mut self, bytes: &[u8], over: &CancellationToken) -> Result<(), Fault> {
         if bytes.is_empty() {
             return Ok(());
         }
         loop {
             match self.line.spool.append(bytes) {
                 Ok(()) => {
-                    alarms.clear("spool-full", "disk");
+                    self.path.context.alarms.clear("spool-full", "disk");
                     return Ok(());
                 }
                 Err(error) if is_no_space(&error) => {
                     let folder = self.line.spool.folder();
-                    let reason =
-                        format!("{}: {error}: WAL is left at the server", folder.display());
-                    alarms.raise("spool-full", "disk", reason);
-                    hold(over).await?;
+                    if !self.make_room("disk", &format!("{}: {error}", folder.display()))? {
+                        hold(over).await?;
+                    }
                 }
                 Err(error) => {
                     let failed: Result<()> = Err(error).context("append to the spool");

@@ -226,6 +226,21 @@ impl Shelf {
         self.coverage.get(&(location, line)).map_or(Lsn::INVALID, Coverage::end)
     }
 
+    /// How far `location` has all of `line`, whatever it has of the lines before; 0/0 where that is not known.
+    pub fn reach(&self, location: usize, line: u32) -> Lsn {
+        self.coverage.get(&(location, line)).map_or(Lsn::INVALID, Coverage::end)
+    }
+
+    /// The WAL of `line` before `until` is no longer here. Its objects are taken off the shelf, but for those that are on
+    /// their way. Locations that lack some of it are to be listed anew.
+    pub fn give_up(&mut self, line: u32, until: Lsn) -> Vec<Arc<Item>> {
+        self.coverage.retain(|(_, of), coverage| *of != line || coverage.end() >= until);
+        let is_sent = |e: &Entry| e.places.contains(&Place::Sending);
+        let old = self.line_mut(line).filter(|e| e.item.range.end <= until && !is_sent(e));
+        let gone: Vec<Key> = old.map(|e| e.item.key()).collect();
+        gone.iter().filter_map(|key| self.entries.remove(key)).map(|e| e.item).collect()
+    }
+
     /// Takes off the shelf what every location has: objects of `line` that end at or before `until`, and pieces for which
     /// a longer object is there. A piece stays while a location that has it lacks the longer object, or else
     /// nobody would remember to delete it there.
@@ -430,6 +445,36 @@ mod tests {
         assert_eq!(shelf.next(0, 100).map(|i| i.id), Some(piece.id));
         assert!(shelf.next(0, 100).is_none());
         assert!(shelf.next(0, 1000).is_some());
+    }
+
+    #[test]
+    fn what_is_given_up_is_not_sent_and_the_rest_is_when_it_was_listed_anew() {
+        let mut shelf = listed(2);
+        let (old, sending, new) = (item(0, 16, 32), item(0, 32, 48), item(0, 48, 64));
+        [&old, &sending, &new].into_iter().for_each(|i| shelf.add(i.clone()));
+        for _ in 0..3 {
+            let next = shelf.next(0, u64::MAX).unwrap();
+            shelf.sent(0, &next);
+        }
+        assert_eq!(shelf.reach(0, 0), Lsn::new(64 * MIB));
+        let first = shelf.next(1, u64::MAX).unwrap();
+        shelf.failed(1, &first);
+        let gone = shelf.give_up(0, Lsn::new(48 * MIB));
+        assert_eq!(gone.iter().map(|i| i.id).collect::<Vec<_>>(), [old.id, sending.id]);
+        assert_eq!(shelf.frontier(0, 0), Lsn::new(64 * MIB), "it lacks nothing");
+        assert!(!shelf.is_listed(1, 0) && shelf.is_listed(0, 0));
+        assert!(shelf.next(1, u64::MAX).is_none());
+        shelf.listed(1, 0, Lsn::new(48 * MIB), &[]);
+        assert_eq!(shelf.next(1, u64::MAX).map(|i| i.id), Some(new.id));
+        shelf.sent(1, &new);
+        assert_eq!(shelf.frontier(1, 0), Lsn::new(64 * MIB));
+        // What is under way is not taken from under the sender.
+        let mut shelf = listed(1);
+        shelf.add(old.clone());
+        let sending = shelf.next(0, u64::MAX).unwrap();
+        assert!(shelf.give_up(0, Lsn::new(48 * MIB)).is_empty());
+        shelf.sent(0, &sending);
+        assert_eq!(shelf.give_up(0, Lsn::new(48 * MIB)).len(), 1);
     }
 
     #[test]
