@@ -11,6 +11,7 @@
 //! | `s3` | the same over S3, with faults and refusing locations |
 //! | `integrity` | damaged, missing and swapped objects, wrong keys and clusters |
 //! | `refusals` | bad input: the thing, the reason, the remedy, the exit code |
+//! | `synchronous` | commits that wait for locations, outages, a full spool, a slot in danger |
 //! | `tls` | logins over TLS |
 //! | `status` | what the running agent tells, and when it takes snapshots |
 
@@ -25,5 +26,6 @@ mod restore;
 mod s3;
 mod site;
 mod status;
+mod synchronous;
 mod tidy;
 mod tls;

@@ -428,6 +428,7 @@ impl Pipeline {
     }
 
     fn hand_over(&self, cut: Cut) {
+        tracing::trace!(range = %cut.range, "cut");
         self.line.push_cut(cut);
         self.path.board.ring();
     }

@@ -166,6 +166,7 @@ impl Shipper {
             let next = self.path.board.update_quietly(|state| state.shelf.next(location, most));
             let Some(item) = next else { return };
             self.sending_bytes += item.size;
+            tracing::trace!(location, range = %item.range, "put");
             sending.push(Box::pin(send(self.path.clone(), location, item)));
         }
     }
@@ -175,6 +176,7 @@ impl Shipper {
         let location = self.location;
         match result {
             Ok(()) => {
+                tracing::trace!(location, range = %item.range, "stored");
                 let gone = self.path.board.update(|state| state.shelf.sent(location, item));
                 self.superfluous.extend(gone);
                 self.last_stored = Instant::now();

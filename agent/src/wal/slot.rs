@@ -106,6 +106,7 @@ fn note(path: &WalPath, mut slot: SlotStatus, looks: &mut VecDeque<(Instant, u64
     looks.drain(..looks.len().saturating_sub(LOOKS));
     let left = oldest.and_then(|(then, held)| time_left(&slot, held, now - then));
     slot.minutes_left = left.map(|left| left.as_secs() / 60);
+    path.board.update(|state| state.server.slot = Some(slot.clone()));
     let alarms = &path.context.alarms;
     match risk(&slot, left) {
         Some(reason) => alarms.raise("slot-at-risk", "", reason),
@@ -121,7 +122,6 @@ fn note(path: &WalPath, mut slot: SlotStatus, looks: &mut VecDeque<(Instant, u64
         ),
         None => alarms.clear("synchronous-spool", ""),
     }
-    path.board.update(|state| state.server.slot = Some(slot));
 }
 
 /// How long the room lasts if the slot goes on to hold more as it did, from `held` bytes, in the time that `passed`; none if
