@@ -201,17 +201,17 @@ async fn a_long_outage_costs_the_others_nothing(scene: &Scene, major: Major) -> 
     let puts = one.request_counts().get(&Operation::Put).copied().unwrap_or_default();
     two.faults().refuse(true);
     site.ledger.wait_for(1500, PATIENCE).await?;
-    // Some more spans, faster than the ledger would.
-    for _ in 0..4 {
-        site.cluster.sql("SELECT pg_switch_wal()").await?;
-        site.ledger.wait_for(20, PATIENCE).await?;
-    }
     let done = one.request_counts().get(&Operation::Put).copied().unwrap_or_default() - puts;
     ensure!(done > 500, "only {done} PUTs: nothing is at stake");
     let down = |status: &Value| alarm(status, "location-down").is_some();
     let status = site.agent.wait_until("an alarm names it", PATIENCE, down).await?;
     let waiting = status["wal"]["locations"][1]["queued_objects"].as_u64().context("queue")?;
     ensure!(waiting < 300 + 5, "{waiting} objects wait for it, of {done}");
+    // Some more spans, faster than the ledger would.
+    for _ in 0..4 {
+        site.cluster.sql("SELECT pg_switch_wal()").await?;
+        site.ledger.wait_for(20, PATIENCE).await?;
+    }
     let peak = site.agent.memory_peak_bytes()?;
     ensure!(peak < 400 << 20, "the agent took {} MiB", peak >> 20);
     site.ledger.stop().await?;
