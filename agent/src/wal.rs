@@ -255,7 +255,7 @@ fn last_gap_end(root: &Path) -> Result<Option<Lsn>> {
     };
     // A line that a crash cut short is of a gap that was found again.
     let ends = text.lines().filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok());
-    Ok(ends.filter_map(|gap| gap["end"].as_str()?.parse().ok()).last())
+    Ok(ends.rev().find_map(|gap| gap["end"].as_str()?.parse().ok()))
 }
 
 /// Fsyncs the spool whenever bytes wait and no fsync is under way.
