@@ -239,7 +239,12 @@ impl KeeperTask {
                 }
                 // Nothing is won by waiting where the WAL goes on behind a new gap.
                 Err(_) if self.wal.borrow().gap_end > self.behind.1 => {
-                    Some((Reason::AfterGap, Duration::ZERO))
+                    match (is_any_there(&self.wal.borrow()), last) {
+                        (true, _) => Some((Reason::AfterGap, Duration::ZERO)),
+                        // As soon as a location is back.
+                        (false, Some(_)) => None,
+                        (false, None) => Some((reason, RETRY_AFTER)),
+                    }
                 }
                 Err(_) => Some((reason, RETRY_AFTER)),
             };
@@ -468,12 +473,18 @@ fn reason_of(wal: &WalStatus, last: Newest) -> Option<Reason> {
     if wal.standing_by {
         return None;
     }
-    if wal.gap_end > last.gap_end {
+    // While every location is away, one would only fail, and then wait.
+    if wal.gap_end > last.gap_end && is_any_there(wal) {
         return Some(Reason::AfterGap);
     }
     // The rest of an older timeline is on the way to the newer one.
     let (now, then) = wal.branch.zip(last.branch)?;
     (now != then && now.timeline >= then.timeline).then_some(Reason::NewTimeline)
+}
+
+/// True if a location takes WAL, as far as is known.
+fn is_any_there(wal: &WalStatus) -> bool {
+    wal.locations.iter().any(|location| location.last_error.is_none())
 }
 
 fn until(moment: Timestamp) -> Duration {

@@ -5,7 +5,7 @@
 //!      │                 session    connects, decides where to begin, follows timelines, stands by a standby
 //!      │                 gaps       what became of WAL that nobody has, told to every location
 //!      ▼
-//!   receive ◄─────────── status reports: what `frontier` says is proved
+//!   receive ◄─────────── status reports: what `frontier` says is proved        slot: is it in danger?
 //!      │ bounded queue
 //!      ▼
 //!   pipeline             continues? equal? decodes ─► cut: when a piece, when a span
@@ -22,9 +22,10 @@
 //!      └─► ship (virginia)  ─► location      fill: what only another location has
 //! ```
 //!
-//! What always holds: bytes leave the spool only when every required location has them and PostgreSQL has been told so;
-//! nothing is acknowledged but what the policy proves, and best-effort locations prove nothing; a dead location costs the
-//! others nothing but room in the spool, and a best-effort one no more than half of it. A
+//! What always holds: bytes leave the spool only when every required location has them and PostgreSQL has been told so, or
+//! by `release`, where the operator wants that, and on record; nothing is acknowledged but what the policy proves, and
+//! best-effort locations prove nothing; a dead location costs the others nothing but room in the spool, and a best-effort
+//! one no more than half of it. A
 //! crash at any instruction leaves the spool, whose folders say what they are, and whole objects; `board`, the only state in
 //! memory, is made from them anew.
 
@@ -37,11 +38,13 @@ mod gaps;
 mod line;
 mod pipeline;
 mod receive;
+mod release;
 mod seal;
 mod sealed;
 mod session;
 mod shelf;
 mod ship;
+mod slot;
 mod spool;
 
 use crate::context::AgentContext;
@@ -59,6 +62,7 @@ use pipeline::Pipeline;
 use sealed::Sealed;
 use serde::Serialize;
 use shelf::Patience;
+pub use slot::SlotStatus;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -88,6 +92,8 @@ pub struct WalStatus {
     /// The server's clock in its last message.
     pub server_clock: Option<jiff::Timestamp>,
     pub spool_bytes: u64,
+    /// What the server says of our slot; none as long as it has not been asked.
+    pub slot: Option<SlotStatus>,
     /// The start of the last gap that this agent met, if it is on `branch` and its WAL is lost.
     pub gap_start: Option<Lsn>,
     /// Where the WAL goes on behind the last gap that this agent met. Only a snapshot from there on closes it.
@@ -142,6 +148,7 @@ pub async fn run(
     path.spawn(keep_synced(path.clone()));
     path.spawn(tidy(path.clone()));
     path.spawn(gaps::tell(path.clone()));
+    path.spawn(slot::run(path.clone()));
     for location in 0..context.writers.len() {
         path.spawn(ship::run(path.clone(), location, path.halt.clone()));
     }
@@ -303,7 +310,8 @@ fn tidy_line(path: &WalPath, line: &Arc<Line>) -> Result<()> {
 fn forgettable(state: &State, line: &Line, patience: Patience) -> Lsn {
     let locations = state.shelf.waited_for(patience);
     let stored = locations.map(|l| state.shelf.frontier(l, line.number)).min();
-    let stored = stored.unwrap_or(Lsn::INVALID);
+    // Pieces may be everywhere while the span that supersedes them is yet to be sealed.
+    let stored = stored.unwrap_or(Lsn::INVALID).min(line.unsealed_from().unwrap_or(Lsn::MAX));
     match line.number == state.current {
         false => stored,
         true => {
@@ -414,6 +422,7 @@ fn describe(context: &AgentContext, state: &State) -> WalStatus {
         server_end: state.server.end,
         server_clock: state.server.clock.map(|clock| clock.timestamp()),
         spool_bytes: state.spool_bytes(),
+        slot: state.server.slot.clone(),
         gap_start: state.server.gap.filter(is_in_the_way).map(|gap| gap.range.start),
         gap_end: state.server.gap.map(|gap| gap.range.end),
         locations: locations.collect(),

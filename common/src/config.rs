@@ -44,6 +44,16 @@ pub struct DurabilitySettings {
     pub acknowledge: Acknowledge,
     /// The greatest age of WAL that has been sent to no location.
     pub flush_interval: Duration,
+    pub on_spool_full: OnSpoolFull,
+}
+
+/// What gives when the spool has no room for more WAL, because locations are away.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OnSpoolFull {
+    /// Receiving stops, and the slot holds WAL at the server: its disk may fill.
+    Hold,
+    /// The oldest WAL is given up, and what no location has of it is recorded as a gap.
+    Release,
 }
 
 /// What must hold before PostgreSQL is told that WAL is safe.
@@ -331,7 +341,16 @@ fn durability(mut t: Reader<'_>, locations: &[LocationSettings]) -> DurabilitySe
     if !(Duration::from_millis(100)..=Duration::from_secs(3600)).contains(&flush_interval) {
         t.fault("flush-interval", "out of range", "choose from \"100ms\" to \"1h\"");
     }
-    DurabilitySettings { acknowledge, flush_interval }
+    let words = [("hold", OnSpoolFull::Hold), ("release", OnSpoolFull::Release)];
+    let on_spool_full = t.word("on-spool-full", &words).unwrap_or(OnSpoolFull::Hold);
+    if on_spool_full == OnSpoolFull::Release && acknowledge != Acknowledge::Spool {
+        t.fault(
+            "on-spool-full",
+            "\"release\" would acknowledge WAL that no location has",
+            "write \"hold\", or acknowledge = \"spool\"",
+        );
+    }
+    DurabilitySettings { acknowledge, flush_interval, on_spool_full }
 }
 
 fn spool(mut t: Reader<'_>) -> SpoolSettings {

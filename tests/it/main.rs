@@ -21,6 +21,7 @@
 //! | `integrity` | damaged, missing and swapped objects, wrong keys and clusters |
 //! | `refusals` | bad input: the thing, the reason, the remedy, the exit code |
 //! | `retention` | prune, pins, and restores beside them |
+//! | `synchronous` | commits that wait for locations, outages, a full spool, a slot in danger |
 //! | `tls` | logins over TLS |
 //! | `stores` | stores of all kinds, their roles, and what is refused of them |
 //! | `status` | what the running agent tells, and when it takes snapshots |
@@ -47,5 +48,6 @@ mod site;
 mod snapshots;
 mod status;
 mod stores;
+mod synchronous;
 mod tidy;
 mod tls;

@@ -44,7 +44,7 @@ fn objects(bucket: &Bucket, name: &str) -> BTreeMap<String, Bytes> {
 }
 
 /// Waits until two locations in buckets hold the same, except for the `cluster` that each got by itself.
-async fn wait_until_equal(one: (&Bucket, &str), other: (&Bucket, &str)) -> Result<()> {
+pub async fn wait_until_equal(one: (&Bucket, &str), other: (&Bucket, &str)) -> Result<()> {
     let deadline = Instant::now() + PATIENCE;
     loop {
         let (mut mine, mut theirs) = (objects(one.0, one.1), objects(other.0, other.1));

@@ -41,16 +41,14 @@ pub async fn branch_of(wal: &watch::Receiver<WalStatus>, timeline: TimelineId) -
     })
 }
 
-/// Fails if the server no longer has some of the WAL that the snapshot needs: it will never come.
+/// Fails if nobody has some of the WAL that the snapshot needs: it will never come.
 pub fn no_gap_in(wal: &WalStatus, needed: LsnRange) -> Result<()> {
     let (Some(start), Some(end)) = (wal.gap_start, wal.gap_end) else { return Ok(()) };
     match start < needed.end && needed.start < end {
         false => Ok(()),
         true => {
             let gap = LsnRange::new(start, end);
-            let reason = format!(
-                "the server no longer has the WAL of {gap}, and the snapshot needs {needed}"
-            );
+            let reason = format!("the WAL of {gap} is lost, and the snapshot needs {needed}");
             Err(Error::new(Kind::Postgres, reason)
                 .remedy("the next attempt begins behind the gap; see `backstay-agent status` for what was slow"))
         }

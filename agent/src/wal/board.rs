@@ -4,6 +4,7 @@
 use super::frontier::Frontier;
 use super::line::Line;
 use super::shelf::Shelf;
+use super::slot::SlotStatus;
 use backstay_common::config::Acknowledge;
 use backstay_common::id::Branch;
 use backstay_common::lsn::{Lsn, LsnRange};
@@ -47,6 +48,8 @@ pub struct Server {
     pub quiet: Option<(Lsn, PgTime)>,
     /// Its shutdown checkpoint came then, and nothing after it.
     pub leaving: Option<Instant>,
+    /// Our slot, when the server was last asked.
+    pub slot: Option<SlotStatus>,
     pub gap: Option<LastGap>,
     pub last_error: Option<String>,
 }

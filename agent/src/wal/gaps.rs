@@ -205,7 +205,7 @@ async fn seal(path: &Arc<WalPath>, number: u32) -> Result<Option<(ObjectName, By
 }
 
 impl WalPath {
-    /// Keeps a gap, durably, and raises the alarm. Blocks for moments.
+    /// Keeps a gap of the current line, durably, and raises the alarm. Blocks for moments.
     pub fn record_gap(
         &self,
         gap: LsnRange,
@@ -213,14 +213,24 @@ impl WalPath {
         branch: Option<Branch>,
         detail: String,
     ) -> Result<()> {
-        let alarm = if cause == Cause::Diverged { "wal-diverged" } else { "wal-gap" };
-        self.context.alarms.raise(alarm, "", &detail);
         let (line, of_line) = self.board.read(|state| {
             (state.current, state.lines.get(&state.current).and_then(|line| line.branch()))
         });
-        let branch = branch.or(of_line);
+        self.record_gap_of(line, branch.or(of_line), gap, cause, detail)
+    }
+
+    /// The same of any line.
+    pub fn record_gap_of(
+        &self,
+        line: u32,
+        branch: Option<Branch>,
+        LsnRange { start, end }: LsnRange,
+        cause: Cause,
+        detail: String,
+    ) -> Result<()> {
+        let alarm = if cause == Cause::Diverged { "wal-diverged" } else { "wal-gap" };
+        self.context.alarms.raise(alarm, "", &detail);
         let noticed = jiff::Timestamp::now();
-        let (start, end) = (gap.start, gap.end);
         let kept = Kept { start, end, cause, detail, noticed, line, branch };
         self.gaps.keep(&kept)?;
         self.board.update(|state| state.server.gap = Some(kept.in_short()));
