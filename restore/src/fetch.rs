@@ -8,7 +8,7 @@ mod hashes;
 
 pub use hashes::{FrameHashes, FrameKey};
 
-use backstay_common::id::{EpochId, ObjectId, SnapshotId, SystemId};
+use backstay_common::id::{ObjectId, SnapshotId, SystemId};
 use backstay_common::keys::{Epoch, Keyring};
 use backstay_common::location::Location;
 use backstay_common::name::ObjectName;
@@ -130,7 +130,7 @@ impl Packs {
     ) -> Result<Packs> {
         let mut epochs = Vec::with_capacity(plain.epochs.len());
         for &id in &plain.epochs {
-            epochs.push(find_epoch(locations, keyring, plain, id).await?);
+            epochs.push(keyring.epoch_anywhere(plain.system, id, locations).await?);
         }
         Packs::with_epochs(locations, &epochs, plain)
     }
@@ -290,22 +290,6 @@ async fn manifest_at(
     let (header, _) = read_plain(&bytes, name)?;
     let epoch = keyring.epoch(system, header.epoch(), location).await?;
     Manifest::open(bytes, name, &epoch)
-}
-
-async fn find_epoch(
-    locations: &[Location],
-    keyring: &Keyring,
-    plain: &ManifestPlain,
-    id: EpochId,
-) -> Result<Arc<Epoch>> {
-    let mut last = Error::new(Kind::Storage, "no location can be read");
-    for location in locations {
-        match keyring.epoch(plain.system, id, location).await {
-            Ok(epoch) => return Ok(epoch),
-            Err(error) => last = error,
-        }
-    }
-    Err(last)
 }
 
 /// A part of what [`Packs::read_all`] reads.
