@@ -1,13 +1,14 @@
 //! Frames out of packs, from whichever location has them whole.
 //!
 //! Frames that lie near each other are read with one request. A location that fails, or whose bytes do not pass
-//! their authentication tag, is passed over for the next one, object by object; only when none is left does a read
-//! fail, and then it names the object and what each location said.
+//! their authentication tag, is passed over for the next one, object by object; only when none is left, after some rounds, does a
+//! read fail, and then it names the object and what each location said.
 
 mod hashes;
 
 pub use hashes::{FrameHashes, FrameKey};
 
+use crate::rounds::Rounds;
 use backstay_common::id::{ObjectId, SnapshotId, SystemId};
 use backstay_common::keys::{Epoch, Keyring};
 use backstay_common::location::Location;
@@ -176,29 +177,34 @@ impl Packs {
         let Pack { name, opener, .. } = self.pack(chunk.pack)?;
         let chunk = Arc::new(chunk);
         let mut done = 0;
-        let mut refusals = Vec::new();
-        for source in self.by_health() {
-            let bytes = match source.location.get_range(name, chunk.range()).await {
-                Ok(bytes) => bytes,
-                Err(refusal) => {
-                    source.refuse(name, refusal, &mut refusals);
-                    continue;
+        let mut rounds = Rounds::default();
+        loop {
+            let mut refusals = Vec::new();
+            for source in self.by_health() {
+                let bytes = match source.location.get_range(name, chunk.range()).await {
+                    Ok(bytes) => bytes,
+                    Err(refusal) => {
+                        source.refuse(name, refusal, &mut refusals);
+                        continue;
+                    }
+                };
+                source.bytes.fetch_add(bytes.len() as u64, Ordering::Relaxed);
+                let (chunk, opener, work) = (chunk.clone(), opener.clone(), work.clone());
+                match pool::run_on_disk(move || open_frames(&chunk, done, &bytes, &opener, &*work))
+                    .await?
+                {
+                    Opened::All => return Ok(()),
+                    Opened::Damaged { at, error } => {
+                        done = at;
+                        source.refuse(name, error, &mut refusals);
+                    }
+                    Opened::WorkFailed(error) => return Err(error),
                 }
-            };
-            source.bytes.fetch_add(bytes.len() as u64, Ordering::Relaxed);
-            let (chunk, opener, work) = (chunk.clone(), opener.clone(), work.clone());
-            match pool::run_on_disk(move || open_frames(&chunk, done, &bytes, &opener, &*work))
-                .await?
-            {
-                Opened::All => return Ok(()),
-                Opened::Damaged { at, error } => {
-                    done = at;
-                    source.refuse(name, error, &mut refusals);
-                }
-                Opened::WorkFailed(error) => return Err(error),
+            }
+            if !rounds.again(refusals.iter().map(|(_, refusal)| refusal)).await {
+                return Err(nowhere(name, refusals));
             }
         }
-        Err(nowhere(name, refusals))
     }
 
     fn pack(&self, id: ObjectId) -> Result<&Pack> {
