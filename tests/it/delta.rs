@@ -11,7 +11,7 @@ use backstay_tests::scene::Scene;
 use serde_json::Value;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// What does not change until the accident: most of the database.
 const BEFORE: &str = "
@@ -197,9 +197,7 @@ async fn killed_in_the_middle(scene: &Scene, major: Major) -> Result<()> {
     let (data, to) = (accident.data(), accident.moment.rfc3339.clone());
     let mut random = scene.random();
     let mark = data.join("backstay-restore/incomplete");
-    let (mut marked, mut tries) = (0, 0);
-    while marked < 4 && tries < 40 {
-        tries += 1;
+    for patience in [0, 60, 150, 300] {
         let mut child = std::process::Command::new(backstay_program())
             .arg("--config")
             .arg(accident.site.deployment.config())
@@ -208,19 +206,24 @@ async fn killed_in_the_middle(scene: &Scene, major: Major) -> Result<()> {
             .stdout(Stdio::null())
             .stderr(Stdio::null())
             .spawn()?;
-        tokio::time::sleep(Duration::from_millis(random.range(20..500))).await;
-        let ended = child.try_wait()?;
+        // An earlier try has left its mark: then the wait alone decides when this one is killed.
+        let deadline = Instant::now() + PATIENCE;
+        while !mark.exists() && child.try_wait()?.is_none() && Instant::now() < deadline {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        tokio::time::sleep(Duration::from_millis(random.range(0..patience + 1))).await;
         child.kill()?;
         child.wait()?;
-        if mark.exists() {
-            marked += 1;
-            let refused = restore(&accident.site.deployment, &data, &to, &[]).await?;
-            refused.expect(2)?.says(&["interrupted", "--delta"])?;
-        } else if ended.is_some() {
+        if !mark.exists() {
+            ensure!(
+                patience > 0,
+                "the restore was not killed between its first change and its last"
+            );
             break;
         }
+        let refused = restore(&accident.site.deployment, &data, &to, &[]).await?;
+        refused.expect(2)?.says(&["interrupted", "--delta"])?;
     }
-    ensure!(marked > 0, "no restore was killed between its first change and its last");
     accident.restore().await?.success()?;
     ensure!(!mark.exists(), "it is done, and says that it is not");
     accident.judge().await

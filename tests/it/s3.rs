@@ -50,8 +50,9 @@ pub async fn wait_until_equal(one: (&Bucket, &str), other: (&Bucket, &str)) -> R
         let (mut mine, mut theirs) = (objects(one.0, one.1), objects(other.0, other.1));
         let clusters = (mine.remove("cluster"), theirs.remove("cluster"));
         for side in [&mut mine, &mut theirs] {
-            // Lists of what is condemned speak of one location; a restore pins where it reads.
-            side.retain(|name, _| !name.contains("/condemned/") && !name.contains("/pins/"));
+            // Lists of what is condemned and probes speak of one location; a restore pins where it reads.
+            let of_one = ["/condemned/", "/pins/", "probe/"];
+            side.retain(|name, _| !of_one.iter().any(|folder| name.contains(folder)));
         }
         ensure!(clusters.0.is_some() && clusters.1.is_some(), "a location isn't initialised");
         for (name, bytes) in &mine {

@@ -146,6 +146,14 @@ impl Shelf {
         self.entries.range(from..to).map(|(_, e)| e).filter(|e| e.item.supersedes(item))
     }
 
+    /// The objects that `item` makes superfluous.
+    fn shorter<'s>(&'s self, item: &'s Item) -> impl Iterator<Item = &'s Entry> {
+        let first = ObjectId::from_bytes([0; 8]);
+        let from = (item.line, item.range.start, Lsn::INVALID, first);
+        let to = (item.line, item.range.end, Lsn::INVALID, first);
+        self.entries.range(from..to).map(|(_, e)| e).filter(|e| item.supersedes(&e.item))
+    }
+
     fn line_mut(&mut self, line: u32) -> impl Iterator<Item = &mut Entry> {
         let all = (line, Lsn::INVALID, Lsn::INVALID, ObjectId::from_bytes([0; 8]))..;
         self.entries.range_mut(all).map(|(_, entry)| entry).take_while(move |e| e.item.line == line)
@@ -268,9 +276,12 @@ impl Shelf {
     }
 
     /// Takes off the shelf what every location that is waited for has: objects of `line` that end at or before `until`, and pieces for which
-    /// a longer object is there. A piece stays while a location that has it lacks the longer object, or else
-    /// nobody would remember to delete it there. A location that was not waited for must be listed again.
+    /// a longer object is there. A piece stays while a location that has it lacks the longer object, and the longer object
+    /// while a piece is on its way, or else nobody would remember to delete the piece. A location that was not
+    /// waited for must be listed again.
     pub fn retire(&mut self, line: u32, until: Lsn, patience: Patience) -> Vec<Arc<Item>> {
+        let is_awaited =
+            |e: &Entry| self.shorter(&e.item).any(|piece| piece.places.contains(&Place::Sending));
         let over = |e: &Entry| {
             if !e.is_superseded || self.longer(&e.item).next().is_none() {
                 return e.item.range.end <= until;
@@ -280,7 +291,7 @@ impl Shelf {
             (0..self.required.len()).all(|l| is_absent(l) || is_there(l))
         };
         let of_line = self.entries.values().filter(|e| e.item.line == line);
-        let gone = of_line.filter(|e| self.is_done(e, patience) && over(e));
+        let gone = of_line.filter(|e| self.is_done(e, patience) && over(e) && !is_awaited(e));
         let gone: Vec<Key> = gone.map(|e| e.item.key()).collect();
         let gone: Vec<Entry> = gone.iter().filter_map(|key| self.entries.remove(key)).collect();
         for entry in &gone {
@@ -455,6 +466,28 @@ mod tests {
         shelf.add(span.clone());
         assert!(shelf.sent(0, &span).is_empty());
         assert_eq!(shelf.sent(0, &sending), vec![piece.name()]);
+    }
+
+    /// A write takes its time while the server goes on by two spans, as it does at each end of a backup.
+    #[test]
+    fn a_piece_that_comes_after_its_span_has_left_the_shelf_is_deleted() {
+        for fails in [false, true] {
+            let mut shelf = listed(1);
+            let (piece, span) = (item(0, 16, 18), item(0, 16, 32));
+            shelf.add(piece.clone());
+            let sending = shelf.next(0, u64::MAX).unwrap();
+            shelf.add(span.clone());
+            shelf.next(0, u64::MAX).unwrap();
+            assert_eq!(shelf.sent(0, &span), []);
+            assert_eq!(shelf.retire(0, span.range.end, WithAll), [], "the piece is on its way");
+            let gone: Vec<ObjectName> = match fails {
+                true => shelf.failed(0, &sending).into_iter().collect(),
+                false => shelf.sent(0, &sending),
+            };
+            assert_eq!(gone, [piece.name()]);
+            assert_eq!(shelf.next(0, u64::MAX), None);
+            assert_eq!(shelf.retire(0, span.range.end, WithAll).len(), 2);
+        }
     }
 
     #[test]
