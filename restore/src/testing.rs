@@ -261,6 +261,15 @@ impl Writer {
         seal_wal(&repo.epoch, SYSTEM, self.branch, range, &bytes, &meta, &mut packer).unwrap()
     }
 
+    /// A range that has been stored before as one object, with a footer that says nothing.
+    pub fn sealed(&self, repo: &Repo, range: LsnRange) -> Sealed {
+        let summary = Summary::default();
+        let meta = SpanMeta { summary, clock: None, major: MAJOR, segment_bytes: 1 << 20 };
+        let mut packer = Packer::new(1).unwrap();
+        let bytes = self.bytes(range);
+        seal_wal(&repo.epoch, SYSTEM, self.branch, range, bytes, &meta, &mut packer).unwrap()
+    }
+
     /// A snapshot that begins here and ends behind two records.
     pub async fn snapshot(&mut self, repo: &Repo, began: i64) -> SnapshotId {
         let start = self.wal.checkpoint(false, self.position(), true);
