@@ -32,6 +32,14 @@ enum Evidence {
     None,
 }
 
+/// Where a timeline of the server's history ends; `None` for its own.
+async fn end_of(connection: &mut Connection, timeline: TimelineId) -> Result<Option<Lsn>> {
+    let own = connection.identify_system().await?.timeline;
+    let history = history_of(connection, own).await?;
+    let all = ancestors(history.as_deref())?;
+    Ok(all.iter().find(|ancestor| ancestor.timeline == timeline).map(|ancestor| ancestor.switch))
+}
+
 /// A timeline of the server's history.
 struct Step {
     timeline: TimelineId,
@@ -100,13 +108,36 @@ impl Session {
         tracing::info!(timeline = %next, %at, "timeline switch");
         let beginnings = self.beginnings(connection, next).await?;
         let stock = Stock::list(&self.path).await;
-        let joinable = stock.joinable(&self.path, &beginnings).await;
-        let ahead = joinable.into_iter().find(|found| found.least > at);
-        if let Some(found) = ahead.filter(|_| !beginnings.is_first_record_unknown()) {
-            return self.join(beginnings, found, None, at).await;
+        if beginnings.is_first_record_unknown() {
+            // The server came later to this timeline; whoever stored its beginning may have gone as far as it has it.
+            let until = end_of(connection, next).await?;
+            let (found, _) = self.joinable(connection, &stock, &beginnings, until).await?;
+            if let Some(found) = found.filter(|found| found.furthest > at) {
+                let found = self.from_where_it_is_held(next, found).await?;
+                return self.join(beginnings, found, until, at).await;
+            }
+        } else {
+            let joinable = stock.joinable(&self.path, &beginnings).await;
+            if let Some(found) = joinable.into_iter().find(|found| found.least > at) {
+                return self.join(beginnings, found, None, at).await;
+            }
         }
         let begin = self.path.context.segment_size.start_of(at);
         self.begin_line(beginnings, None, begin, at).await
+    }
+
+    /// If the server no longer has what the location lacks that has the least, that one is filled from another.
+    async fn from_where_it_is_held(
+        &self,
+        timeline: TimelineId,
+        mut found: Joinable,
+    ) -> Result<Joinable> {
+        let first = LsnRange::new(found.least, found.least.add(1));
+        let read = tokio::time::timeout(COMPARE_PATIENCE, self.read(timeline, first)).await;
+        if matches!(read, Ok(Err(error)) if is_gone(&error)) {
+            found.least = found.furthest;
+        }
+        Ok(found)
     }
 
     /// Goes on where the branch ends at the required location that has the least of it; if none has any, where the server
