@@ -69,16 +69,11 @@ async fn restores(
     Ok(())
 }
 
-/// Cuts a standby off from its primary.
-async fn cut_off(standby: &Cluster) -> Result<()> {
-    standby.sql("ALTER SYSTEM SET primary_conninfo = ''").await?;
-    standby.sql("SELECT pg_reload_conf()").await?;
-    let deadline = Instant::now() + PATIENCE;
-    while standby.value("SELECT count(*) FROM pg_stat_wal_receiver").await? != "0" {
-        ensure!(Instant::now() < deadline, "the standby still follows");
-        tokio::time::sleep(Duration::from_millis(50)).await;
-    }
-    Ok(())
+/// The oldest snapshot at a location.
+fn first_snapshot(site: &Site<'_>, location: &str) -> Result<String> {
+    let manifests = folder::named(&site.location(location), "/manifest")?;
+    let first = manifests.first().and_then(|name| name.rsplit('/').nth(1)).context("a snapshot")?;
+    Ok(first.to_owned())
 }
 
 fn branches(site: &Site<'_>) -> Result<usize> {
@@ -106,7 +101,7 @@ async fn there_and_back(scene: &Scene, _: Major) -> Result<()> {
 
     site.ledger.wait_for(100, PATIENCE).await?;
     standby.catch_up(&site.cluster, PATIENCE).await?;
-    cut_off(&standby).await?;
+    standby.cut_off(PATIENCE).await?;
     site.ledger.wait_for(100, PATIENCE).await?;
     site.ledger.stop().await?;
     site.all_stored().await?;
@@ -228,3 +223,103 @@ async fn several_hosts(scene: &Scene, major: Major) -> Result<()> {
     restores(&site, &site.deployment, "two", ("latest", &[]), (&second, &Target::All)).await
 }
 on_drawn_major!(several_hosts);
+
+/// A server comes back as a fresh copy of the one that took over, and takes over in its turn: it never had the beginning of
+/// the timeline between. Its agent, whose spool ends on the one before, goes on where the other agent's WAL ends; nothing
+/// that is stored is told to be a gap.
+async fn a_fresh_copy_takes_over(scene: &Scene, major: Major) -> Result<()> {
+    let mut site = Site::start(scene, &major).await?;
+    let mut standby = site.cluster.standby(scene, "sb").await?;
+    let b = deploy(&site, "b", &standby).await?;
+    let mut agent = Agent::start(&b).await?;
+    standing_by(&mut agent).await?;
+    site.ledger.wait_for(40, PATIENCE).await?;
+    site.ledger.stop().await?;
+    site.all_stored().await?;
+    standby.catch_up(&site.cluster, PATIENCE).await?;
+    let before = agent.status().await?["snapshots"]["last"].clone();
+    site.cluster.kill()?;
+    standby.promote().await?;
+    takes_over(&mut agent, 2, &before).await?;
+    let mut second = goes_on(&site.ledger, scene, &standby).await?;
+    for _ in 0..2 {
+        standby.sql("SELECT pg_switch_wal()").await?;
+        second.wait_for(20, PATIENCE).await?;
+    }
+    site.cluster.copy_anew(scene, &standby, "again").await?;
+    second.wait_for(40, PATIENCE).await?;
+    second.stop().await?;
+    all_stored(&mut agent, &standby).await?;
+    // The end of the timeline is for the copy's agent to store.
+    agent.kill()?;
+    second.start(&standby);
+    second.wait_for(20, PATIENCE).await?;
+    second.stop().await?;
+    site.cluster.catch_up(&standby, PATIENCE).await?;
+    standby.kill()?;
+    let before = site.agent.status().await?["snapshots"]["last"].clone();
+    site.cluster.promote().await?;
+    takes_over(&mut site.agent, 3, &before).await?;
+    let mut third = goes_on(&second, scene, &site.cluster).await?;
+    third.stop().await?;
+    site.all_stored().await?;
+    let gaps = folder::named(&site.location("near"), "/gap/")?;
+    ensure!(gaps.is_empty(), "{gaps:?}");
+    ensure!(branches(&site)? == 3, "{} branches", branches(&site)?);
+    for name in LOCATIONS {
+        folder::wal_without_holes(&site.location(name))?;
+    }
+    // Across both switches.
+    let first = first_snapshot(&site, "near")?;
+    let more = ["--snapshot", first.as_str()];
+    restores(&site, &site.deployment, "three", ("latest", &more), (&third, &Target::All)).await
+}
+on_drawn_major!(a_fresh_copy_takes_over);
+
+/// A location is away when the old timeline ends. It counts for no acknowledgement on the new one until it has got that end from
+/// elsewhere, although it has all of the new one: alone, it restores all that is acknowledged.
+async fn a_location_counts_with_all_that_came_before(scene: &Scene, major: Major) -> Result<()> {
+    let cluster = Cluster::build(scene, &major).start().await?;
+    let configuration = configuration(scene, &cluster)?.acknowledge("all");
+    let mut site = Site::of(scene, cluster, configuration).await?;
+    let mut standby = site.cluster.standby(scene, "sb").await?;
+    let b = deploy(&site, "b", &standby).await?;
+    let mut agent = Agent::start(&b).await?;
+    standing_by(&mut agent).await?;
+    let away = scene.path("away");
+    folder::unmount(&site.location("far"), &away)?;
+    for _ in 0..3 {
+        site.ledger.wait_for(30, PATIENCE).await?;
+        site.cluster.sql("SELECT pg_switch_wal()").await?;
+    }
+    site.ledger.stop().await?;
+    let end = standby.catch_up(&site.cluster, PATIENCE).await?;
+    let near = |status: &Value| crate::site::stored(status).is_ok_and(|stored| stored[0] >= end);
+    site.agent.wait_until("the near location has it all", PATIENCE, near).await?;
+    site.cluster.kill()?;
+    site.agent.kill()?;
+    standby.promote().await?;
+    let mut second = goes_on(&site.ledger, scene, &standby).await?;
+    second.stop().await?;
+    let end = standby.value("SELECT pg_current_wal_flush_lsn()").await?.parse().ok();
+    let end: Lsn = end.context("an LSN")?;
+    let is_near = |status: &Value| {
+        status["wal"]["timeline"] == 2
+            && crate::site::stored(status).is_ok_and(|stored| stored[0] >= end)
+    };
+    agent.wait_until("the near location has the new timeline", PATIENCE, is_near).await?;
+    folder::mount_again(&away, &site.location("far"))?;
+    let acknowledged = |status: &Value| {
+        let position = status["wal"]["acknowledged"].as_str().and_then(|text| text.parse().ok());
+        position.is_some_and(|position: Lsn| position >= end)
+    };
+    agent.wait_until("all is acknowledged", PATIENCE, acknowledged).await?;
+    agent.kill()?;
+    standby.kill()?;
+    std::fs::remove_dir_all(site.location("near"))?;
+    b.configure(&site.configuration.clone().without("near").key(site.deployment.key()))?;
+    let first = first_snapshot(&site, "far")?;
+    let more = ["--snapshot", first.as_str()];
+    restores(&site, &b, "copy", ("latest", &more), (&second, &Target::All)).await
+}
+on_drawn_major!(a_location_counts_with_all_that_came_before);

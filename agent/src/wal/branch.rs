@@ -9,6 +9,7 @@
 use super::WalPath;
 use super::line::Line;
 use backstay_common::id::{Branch, BranchId};
+use backstay_common::line::Past;
 use backstay_common::location::Location;
 use backstay_common::lsn::{Lsn, LsnRange, SPAN_BYTES, covered_until};
 use backstay_common::name::{ObjectName, folder};
@@ -17,6 +18,7 @@ use backstay_common::seal::Header;
 use backstay_common::span::WalObject;
 use backstay_common::{Context, Result};
 use bytes::Bytes;
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -182,6 +184,52 @@ impl Stock {
         found
     }
 
+    /// True if every location answered.
+    pub fn is_complete(&self, path: &WalPath) -> bool {
+        self.listed.len() == path.context.writers.len()
+    }
+
+    /// Whether a location holds any WAL of `branch`.
+    pub fn has(&self, location: usize, branch: Branch) -> bool {
+        let names = self.listed.iter().filter(|(number, _)| *number == location);
+        names.flat_map(|(_, names)| ranges(names, branch)).next().is_some()
+    }
+
+    /// Where the branches come from, and what of them is stored anywhere. An origin that cannot be read is left out.
+    pub async fn pasts(&self, path: &WalPath) -> BTreeMap<Branch, Past> {
+        let mut pasts = BTreeMap::new();
+        for (number, names) in &self.listed {
+            for name in names {
+                let ObjectName::Origin { branch, .. } = name else { continue };
+                if pasts.contains_key(branch) {
+                    continue;
+                }
+                let read = open_origin(path, *number, name).await;
+                match read.and_then(|(origin, _)| origin.ancestors()) {
+                    Ok(ancestors) => {
+                        pasts.insert(*branch, Past { ancestors, covered: self.covered(*branch) });
+                    }
+                    Err(error) => tracing::warn!(%error, %branch, "a branch is left out"),
+                }
+            }
+        }
+        pasts
+    }
+
+    fn covered(&self, branch: Branch) -> Vec<LsnRange> {
+        let all = self.listed.iter().flat_map(|(_, names)| ranges(names, branch));
+        let mut all: Vec<LsnRange> = all.collect();
+        all.sort_unstable();
+        let mut covered: Vec<LsnRange> = Vec::new();
+        for range in all {
+            match covered.last_mut().filter(|last| range.start <= last.end) {
+                Some(last) => last.end = last.end.max(range.end),
+                None => covered.push(range),
+            }
+        }
+        covered
+    }
+
     /// What of `range` no location that answered has on `branch`.
     pub fn missing(&self, branch: Branch, range: LsnRange) -> Vec<LsnRange> {
         let all = self.listed.iter().flat_map(|(_, names)| ranges(names, branch));
@@ -245,18 +293,23 @@ async fn agreeing(
     name: &ObjectName,
     beginnings: &Beginnings,
 ) -> Result<Option<Bytes>> {
-    let location = path.context.writers[number].location();
-    let bytes = location.get(name).await?;
-    let header = Header::check(&bytes, name)?;
-    let keyring = path.context.epochs.keyring();
-    let epoch = keyring.epoch(path.context.system, header.epoch(), location).await?;
-    let origin = Origin::open(bytes.clone(), name, &epoch)?;
+    let (origin, bytes) = open_origin(path, number, name).await?;
     let agrees = match beginnings.first_record {
         // The server no longer has it. Its WAL is compared besides.
         None => origin.may_agree(beginnings),
         Some(_) => origin.agrees(beginnings),
     };
     Ok(agrees.context(format!("compare with {name}"))?.then_some(bytes))
+}
+
+/// An origin, and its sealed bytes.
+async fn open_origin(path: &WalPath, number: usize, name: &ObjectName) -> Result<(Origin, Bytes)> {
+    let location = path.context.writers[number].location();
+    let bytes = location.get(name).await?;
+    let header = Header::check(&bytes, name)?;
+    let keyring = path.context.epochs.keyring();
+    let epoch = keyring.epoch(path.context.system, header.epoch(), location).await?;
+    Ok((Origin::open(bytes.clone(), name, &epoch)?, bytes))
 }
 
 fn ranges(names: &[ObjectName], of: Branch) -> impl Iterator<Item = LsnRange> + '_ {

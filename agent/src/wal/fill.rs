@@ -3,43 +3,125 @@
 //! Objects are copied byte for byte, their trailers checked, and the wraps of their epochs before them. Only holes
 //! inside what the location has are filled: what is before its first object may have been pruned. It goes on in
 //! the background, object by object, and a restart begins it again from the listings.
+//!
+//! What always holds: until a location has all that precedes a line, as far as anybody has it, its share of the line counts for
+//! no acknowledgement. A position that is acknowledged says that all before it is there, also what another agent
+//! stored elsewhere, on an older timeline.
 
 use super::WalPath;
+use super::branch::Stock;
+use super::line::Line;
 use crate::prune;
 use backstay_common::id::{Branch, EpochId};
+use backstay_common::line::{Past, line_of};
 use backstay_common::location::Location;
 use backstay_common::lsn::{Lsn, LsnRange, covered_until};
 use backstay_common::name::{ObjectName, folder};
 use backstay_common::seal::Header;
+use backstay_common::segment::parse_history;
 use backstay_common::snapshot::ManifestPlain;
 use backstay_common::snapshot::manifest::read_plain;
 use backstay_common::{Context, Error, Kind, Result};
 use bytes::Bytes;
 use std::sync::Arc;
+use std::time::Duration;
 
-/// Starts filling the holes that `location` has in `branch` before `until`.
-pub fn spawn(path: &Arc<WalPath>, location: usize, branch: Branch, until: Lsn) {
-    let path = path.clone();
+/// How long after a hole that could not be filled yet it is tried again.
+const AGAIN: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(30));
+
+/// What a location lacks of the WAL before a line.
+enum Lacks {
+    Nothing,
+    /// What our own spool has.
+    Ours,
+    /// What no location has.
+    Gap(Branch, LsnRange),
+    /// What another location has, or may have.
+    Hole(Branch, LsnRange),
+}
+
+/// Starts filling the holes that `location` has before `line`, on its branch and on those that it grew from. From when there
+/// are none that could be filled the location counts.
+pub fn spawn(path: &Arc<WalPath>, location: usize, line: &Arc<Line>, branch: Branch) {
+    let (path, line) = (path.clone(), line.clone());
     let stop = path.context.stop.clone();
     path.clone().spawn(async move {
-        let filled = tokio::select! {
-            () = stop.cancelled() => return Ok(()),
-            filled = fill(&path, location, branch, until) => filled,
-        };
-        let name = path.context.writers[location].location().name().to_string();
-        match filled {
-            Ok(None) => path.context.alarms.clear("location-hole", &name),
-            Ok(Some(hole)) if is_closed(&path, location, hole).await => {
-                path.context.alarms.clear("location-hole", &name);
-            }
-            Ok(Some(hole)) => {
-                let reason = format!("branch {branch}: no location has the WAL of {hole}");
-                path.context.alarms.raise("location-hole", &name, reason);
-            }
-            Err(error) => path.context.alarms.raise("location-hole", &name, error),
+        tokio::select! {
+            () = stop.cancelled() => {}
+            () = until_whole(&path, location, &line, branch) => {}
         }
         Ok(())
     });
+}
+
+async fn until_whole(path: &WalPath, location: usize, line: &Line, branch: Branch) {
+    let name = path.context.writers[location].location().name().to_string();
+    let alarms = &path.context.alarms;
+    for failures in 1.. {
+        match before(path, location, line, branch).await {
+            Ok(Lacks::Nothing) => {
+                alarms.clear("location-hole", &name);
+                break;
+            }
+            Ok(Lacks::Ours) => {}
+            Ok(Lacks::Gap(_, hole) | Lacks::Hole(_, hole))
+                if is_closed(path, location, hole).await =>
+            {
+                alarms.clear("location-hole", &name);
+                break;
+            }
+            Ok(Lacks::Gap(on, hole)) => {
+                let reason = format!("branch {on}: no location has the WAL of {hole}");
+                alarms.raise("location-hole", &name, reason);
+                break;
+            }
+            Ok(Lacks::Hole(on, hole)) => {
+                let reason = format!("branch {on}: the WAL of {hole} is yet to be copied to it");
+                alarms.raise("location-hole", &name, reason);
+            }
+            Err(error) => alarms.raise("location-hole", &name, error),
+        }
+        tokio::time::sleep(super::backoff(failures, AGAIN)).await;
+    }
+    path.board.update(|state| state.shelf.complete(location, line.number));
+}
+
+/// True if an earlier line of ours has some of it, which is on its way then.
+fn is_in_spool(path: &WalPath, line: &Line, branch: Branch, hole: LsnRange) -> bool {
+    path.board.read(|state| {
+        let mut earlier = state.lines.values().filter(|l| l.number < line.number);
+        earlier.any(|l| l.timeline() == branch.timeline && l.spool.end() > hole.start)
+    })
+}
+
+/// Fills what can be filled, and tells what is left.
+async fn before(path: &WalPath, location: usize, line: &Line, tip: Branch) -> Result<Lacks> {
+    let begin = line.spool.begin();
+    let stock = Stock::list(path).await;
+    let mut pasts = stock.pasts(path).await;
+    // Its origin may be on its way still.
+    let history = line.beginnings.history.as_deref().unwrap_or_default();
+    let ancestors = parse_history(&String::from_utf8_lossy(history))
+        .map_err(|reason| Error::new(Kind::Local, reason))?;
+    pasts.entry(tip).or_insert(Past { ancestors, covered: Vec::new() });
+    let (mut lacks, mut has_any) = (Lacks::Nothing, false);
+    for leg in line_of(tip, &pasts).legs {
+        let until = if leg.branch == tip { begin } else { leg.to };
+        let from = path.context.segment_size.start_of(leg.from.min(until));
+        let from = has_any.then_some(from);
+        has_any |= stock.has(location, leg.branch);
+        let Some(hole) = fill(path, location, leg.branch, (from, until)).await? else { continue };
+        if is_in_spool(path, line, leg.branch, hole) {
+            return Ok(Lacks::Ours);
+        }
+        if !stock.is_complete(path) || stock.missing(leg.branch, hole) != [hole] {
+            return Ok(Lacks::Hole(leg.branch, hole));
+        }
+        if matches!(lacks, Lacks::Nothing) {
+            lacks = Lacks::Gap(leg.branch, hole);
+        }
+    }
+    Ok(lacks)
 }
 
 /// True if the location has a snapshot that begins behind `hole`: nothing later needs it.
@@ -56,14 +138,15 @@ async fn is_closed(path: &WalPath, location: usize, hole: LsnRange) -> bool {
     newest.is_ok_and(|plain| plain.is_some_and(|plain| plain.start >= hole.end))
 }
 
-/// Returns the first hole that is left.
+/// Returns the first hole that is left, between `from`, else the first that the location has, and `until`.
 async fn fill(
     path: &WalPath,
     location: usize,
     branch: Branch,
-    until: Lsn,
+    (from, until): (Option<Lsn>, Lsn),
 ) -> Result<Option<LsnRange>> {
     let mut have = ranges(path, location, branch).await?;
+    have.extend(from.map(|from| LsnRange::new(from, from)));
     if first_hole(&mut have, until).is_none() {
         return Ok(None);
     }
@@ -194,6 +277,15 @@ mod tests {
         assert_eq!(first_hole(&mut [range(10, 120)], until), None);
         assert_eq!(first_hole(&mut [range(10, 50)], until), Some(range(50, 100)));
         assert_eq!(first_hole(&mut [range(10, 50), range(60, 100)], until), Some(range(50, 60)));
+    }
+
+    #[test]
+    fn a_location_that_has_what_a_branch_grew_from_needs_it_from_its_beginning() {
+        let from = range(10, 10);
+        assert_eq!(first_hole(&mut [from], Lsn::new(100)), Some(range(10, 100)));
+        assert_eq!(first_hole(&mut [from, range(40, 120)], Lsn::new(100)), Some(range(10, 40)));
+        assert_eq!(first_hole(&mut [from, range(10, 120)], Lsn::new(100)), None);
+        assert!(fills(&[from, range(40, 120)], range(10, 30)));
     }
 
     #[test]

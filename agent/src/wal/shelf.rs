@@ -9,7 +9,7 @@ use super::frontier::Coverage;
 use backstay_common::id::{Branch, EpochId, ObjectId, SystemId};
 use backstay_common::lsn::{Lsn, LsnRange};
 use backstay_common::name::ObjectName;
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -99,11 +99,18 @@ pub struct Shelf {
     entries: BTreeMap<Key, Entry>,
     /// What each location holds of each line, once it has been listed.
     coverage: HashMap<(usize, u32), Coverage>,
+    /// The locations that have all that precedes a line, as far as anybody has it.
+    whole: HashSet<(usize, u32)>,
 }
 
 impl Shelf {
     pub fn new(required: Vec<bool>) -> Shelf {
-        Shelf { required, entries: BTreeMap::new(), coverage: HashMap::new() }
+        Shelf {
+            required,
+            entries: BTreeMap::new(),
+            coverage: HashMap::new(),
+            whole: HashSet::new(),
+        }
     }
 
     /// The locations that are waited for.
@@ -188,6 +195,11 @@ impl Shelf {
         self.coverage.insert((location, line), coverage);
     }
 
+    /// `location` lacks nothing of what precedes `line` that it could have. From now on it counts.
+    pub fn complete(&mut self, location: usize, line: u32) {
+        self.whole.insert((location, line));
+    }
+
     pub fn is_listed(&self, location: usize, line: u32) -> bool {
         self.coverage.contains_key(&(location, line))
     }
@@ -249,9 +261,11 @@ impl Shelf {
         overtaken.then(|| item.name())
     }
 
-    /// How far `location` has all of `line` without a hole, and all of the lines before it; 0/0 where that is not
-    /// known or not so.
+    /// How far `location` has all of `line` without a hole, and all that precedes it; 0/0 where that is not known or not so.
     pub fn frontier(&self, location: usize, line: u32) -> Lsn {
+        if !self.whole.contains(&(location, line)) {
+            return Lsn::INVALID;
+        }
         let done = |p: Place| matches!(p, Place::Stored | Place::Superseded);
         let mut before = self.entries.values().take_while(|e| e.item.line < line);
         if !before.all(|e| done(e.places[location])) {
@@ -353,6 +367,7 @@ mod tests {
     fn listed(locations: usize) -> Shelf {
         let mut shelf = Shelf::new(vec![true; locations]);
         (0..locations).for_each(|l| shelf.listed(l, 0, Lsn::new(16 * MIB), &[]));
+        (0..locations).for_each(|l| shelf.complete(l, 0));
         shelf
     }
 
@@ -378,6 +393,7 @@ mod tests {
         assert!(shelf.next(0, u64::MAX).is_none());
         assert_eq!(shelf.frontier(0, 0), Lsn::INVALID);
         shelf.listed(0, 0, Lsn::new(16 * MIB), &[]);
+        shelf.complete(0, 0);
         assert!(shelf.next(0, u64::MAX).is_some());
     }
 
@@ -390,6 +406,9 @@ mod tests {
         shelf.listed(0, 0, Lsn::new(16 * MIB), &[(there.range, there.id), span]);
         assert_eq!(shelf.next(0, u64::MAX).map(|i| i.id), Some(missing.id));
         assert!(shelf.next(0, u64::MAX).is_none());
+        assert_eq!(shelf.frontier(0, 0), Lsn::INVALID, "what precedes the line may be missing");
+        assert_eq!(shelf.reach(0, 0), Lsn::new(48 * MIB));
+        shelf.complete(0, 0);
         assert_eq!(shelf.frontier(0, 0), Lsn::new(48 * MIB));
     }
 
@@ -578,6 +597,7 @@ mod tests {
         shelf.add(item(0, 16, 18));
         shelf.add(item(1, 16, 32));
         shelf.listed(0, 1, Lsn::new(16 * MIB), &[]);
+        shelf.complete(0, 1);
         let (old, new) = (shelf.next(0, u64::MAX).unwrap(), shelf.next(0, u64::MAX).unwrap());
         shelf.sent(0, &new);
         assert_eq!(shelf.frontier(0, 1), Lsn::INVALID);

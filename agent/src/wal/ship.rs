@@ -125,7 +125,7 @@ impl Shipper {
         Ok(())
     }
 
-    async fn list(&mut self, line: &Line, branch: Branch) -> Result<()> {
+    async fn list(&mut self, line: &Arc<Line>, branch: Branch) -> Result<()> {
         self.ensure_origin(branch).await?;
         let location = self.path.context.writers[self.location].location();
         let system = self.path.context.system;
@@ -141,7 +141,7 @@ impl Shipper {
             .collect();
         self.path.board.update(|s| s.shelf.listed(self.location, line.number, begin, &found));
         self.succeeded();
-        fill::spawn(&self.path, self.location, branch, begin);
+        fill::spawn(&self.path, self.location, line, branch);
         Ok(())
     }
 
