@@ -113,7 +113,7 @@ impl Session {
             let until = end_of(connection, next).await?;
             let (found, _) = self.joinable(connection, &stock, &beginnings, until).await?;
             if let Some(found) = found.filter(|found| found.furthest > at) {
-                let found = self.from_where_it_is_held(next, found).await?;
+                let found = self.as_far_as_held(next, found).await?;
                 return self.join(beginnings, found, until, at).await;
             }
         } else {
@@ -127,11 +127,7 @@ impl Session {
     }
 
     /// If the server no longer has what the location lacks that has the least, that one is filled from another.
-    async fn from_where_it_is_held(
-        &self,
-        timeline: TimelineId,
-        mut found: Joinable,
-    ) -> Result<Joinable> {
+    async fn as_far_as_held(&self, timeline: TimelineId, mut found: Joinable) -> Result<Joinable> {
         let first = LsnRange::new(found.least, found.least.add(1));
         let read = tokio::time::timeout(COMPARE_PATIENCE, self.read(timeline, first)).await;
         if matches!(read, Ok(Err(error)) if is_gone(&error)) {
