@@ -303,10 +303,12 @@ impl<'s> Stage<'s> {
         ledger.start(server);
         self.reigns.push(Reign::of(server, ledger).await?);
         self.last_reign[host] = Some(self.reigns.len() - 1);
+        self.watch.reigns(host, true);
         Ok(())
     }
 
     async fn rejoin(&mut self) -> Result<()> {
+        self.watch.reigns(1 - self.primary, false);
         let [first, second] = &mut self.hosts;
         let (old, new) = if self.primary == 0 { (second, first) } else { (first, second) };
         // A name for each time: its slot may be there already.

@@ -146,11 +146,17 @@ fn has_returned(reign: &Reign) -> bool {
     reign.ledger.transactions().iter().any(|t| t.before >= reign.begin && returned(t))
 }
 
-/// The branches of a reign, by what was promised and by what is stored anywhere.
+/// The branches of a reign: those of which anything was promised, else those that are stored anywhere.
 fn branches(outcome: &Outcome, reign: &Reign) -> BTreeSet<Branch> {
-    let stored = outcome.buckets.iter().flat_map(|bucket| stored(bucket).into_keys());
-    let all = stored.chain(outcome.promises.keys().copied());
-    all.filter(|branch| branch.timeline == reign.timeline).collect()
+    let of_reign = |branch: &Branch| branch.timeline == reign.timeline;
+    let promised: BTreeSet<Branch> = outcome.promises.keys().copied().filter(of_reign).collect();
+    match promised.is_empty() {
+        false => promised,
+        true => {
+            let stored = outcome.buckets.iter().flat_map(|bucket| stored(bucket).into_keys());
+            stored.filter(of_reign).collect()
+        }
+    }
 }
 
 /// What is to be found again, and the locations that are left for it. Of commits that waited, the last were acknowledged

@@ -10,6 +10,7 @@ use backstay_tests::postgres::{Address, Session};
 use serde_json::Value;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
@@ -35,19 +36,23 @@ pub struct Promise {
 #[derive(Debug)]
 pub struct Watch {
     promises: Arc<Mutex<BTreeMap<Branch, Promise>>>,
+    /// By host: whether its server is a primary, or was one when it died.
+    reigns: Vec<Arc<AtomicBool>>,
     tasks: Vec<JoinHandle<()>>,
 }
 
 impl Watch {
-    /// Of the agents with these state directories, dead or alive.
+    /// Of the agents with these state directories, one for each host, dead or alive.
     pub fn start(state_dirs: Vec<PathBuf>) -> Watch {
         let promises = Arc::<Mutex<BTreeMap<Branch, Promise>>>::default();
-        let watch = |dir: PathBuf| {
+        let reigns: Vec<Arc<AtomicBool>> = state_dirs.iter().map(|_| Arc::default()).collect();
+        let watch = |(dir, reigns): (PathBuf, Arc<AtomicBool>)| {
             let promises = promises.clone();
             tokio::spawn(async move {
                 loop {
                     let asked = tokio::time::timeout(ANSWER_WITHIN, status(&dir)).await;
                     if let Ok(Ok(status)) = asked
+                        && reigns.load(Ordering::Relaxed)
                         && let Some((branch, promise)) = promise(&status)
                     {
                         note(&mut lock(&promises), branch, promise);
@@ -56,8 +61,14 @@ impl Watch {
                 }
             })
         };
-        let tasks = state_dirs.into_iter().map(watch).collect();
-        Watch { promises, tasks }
+        let tasks = state_dirs.into_iter().zip(reigns.clone()).map(watch).collect();
+        Watch { promises, reigns, tasks }
+    }
+
+    /// Whether what the agent of this host tells counts: commits wait for that of a primary. What another one
+    /// stores beside it is nobody's promise.
+    pub fn reigns(&self, host: usize, reigns: bool) {
+        self.reigns[host].store(reigns, Ordering::Relaxed);
     }
 
     /// All that was promised until now.
