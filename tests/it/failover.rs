@@ -69,18 +69,6 @@ async fn restores(
     Ok(())
 }
 
-/// Cuts a standby off from its primary.
-async fn cut_off(standby: &Cluster) -> Result<()> {
-    standby.sql("ALTER SYSTEM SET primary_conninfo = ''").await?;
-    standby.sql("SELECT pg_reload_conf()").await?;
-    let deadline = Instant::now() + PATIENCE;
-    while standby.value("SELECT count(*) FROM pg_stat_wal_receiver").await? != "0" {
-        ensure!(Instant::now() < deadline, "the standby still follows");
-        tokio::time::sleep(Duration::from_millis(50)).await;
-    }
-    Ok(())
-}
-
 fn branches(site: &Site<'_>) -> Result<usize> {
     let [near, far] = LOCATIONS.map(|name| folder::named(&site.location(name), "/origin"));
     let (near, far) = (near?, far?);
@@ -106,7 +94,7 @@ async fn there_and_back(scene: &Scene, _: Major) -> Result<()> {
 
     site.ledger.wait_for(100, PATIENCE).await?;
     standby.catch_up(&site.cluster, PATIENCE).await?;
-    cut_off(&standby).await?;
+    standby.cut_off(PATIENCE).await?;
     site.ledger.wait_for(100, PATIENCE).await?;
     site.ledger.stop().await?;
     site.all_stored().await?;

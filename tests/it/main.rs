@@ -15,6 +15,7 @@
 //! | `snapshots` | snapshots that refer to each other: right, and at the cost of what changed |
 //! | `s3` | the same over S3, with faults and refusing locations |
 //! | `index` | indexes of WAL, and what requests a location gets |
+//! | `schedules` | random schedules of kills, promotions and faults: nothing acknowledged is ever missing |
 //! | `integrity` | damaged, missing and swapped objects, wrong keys and clusters |
 //! | `refusals` | bad input: the thing, the reason, the remedy, the exit code |
 //! | `retention` | prune, pins, and restores beside them |
@@ -37,6 +38,7 @@ mod refusals;
 mod restore;
 mod retention;
 mod s3;
+mod schedules;
 mod site;
 mod snapshots;
 mod status;

@@ -3,6 +3,7 @@
 //! ```text
 //! bucket.rs          start, stop, what tests see of it
 //! bucket/server      connections, TLS, and where the faults are done to requests
+//! bucket/wire        a connection that can be reset
 //! bucket/faults      what is to go wrong, scripted by operation, key, turn or chance
 //! bucket/store       the operations of S3, checksums verified before anything is published
 //! bucket/objects     what is stored: under one lock, in memory or in a folder
@@ -15,6 +16,7 @@ mod faults;
 mod objects;
 mod server;
 mod store;
+mod wire;
 
 pub use faults::{Action, Fault, FaultId, Faults, Operation};
 

@@ -63,7 +63,7 @@ pub enum Target {
     Xid(u64),
     /// A restore point made with [`Ledger::restore_point`].
     Name(String),
-    /// As much as there was: at least all that had been acknowledged by then, on this machine's clock.
+    /// As much as there was: at least all whose COMMIT had returned by then, on this machine's clock.
     Latest { acknowledged_until: Instant },
     /// A snapshot that ended there: at least all that had ended by then.
     Snapshot { stop: Lsn },
@@ -84,9 +84,14 @@ impl Ledger {
     pub async fn create(cluster: &Cluster, load: Load, random: Random) -> Result<Ledger> {
         anyhow::ensure!(load.accounts >= 2 && load.clients >= 1, "too little for a ledger");
         cluster.sql(&schema(load.accounts)).await.context("make the ledger")?;
+        Ok(Ledger::found(load, random))
+    }
+
+    /// The ledger of a copy of a cluster in which [`Ledger::create`] made one of this load, and nobody has written.
+    pub fn found(load: Load, random: Random) -> Ledger {
         let history = Arc::new(Mutex::new(History::default()));
         let stop = watch::Sender::new(false);
-        Ok(Ledger { load, random, history, stop, clients: Vec::new() })
+        Ledger { load, random, history, stop, clients: Vec::new() }
     }
 
     /// Sets the clients to work on a cluster, until [`Ledger::stop`].

@@ -272,6 +272,7 @@ async fn put_through(action: Action, times: u64) -> (Put, usize) {
 async fn a_write_whose_answer_is_lost_is_found_to_be_ours() {
     for action in [
         Action::DropAfterCommit,
+        Action::ResetAfterCommit,
         Action::ErrorAfterCommit(500),
         Action::ErrorAfterCommit(503),
         Action::ErrorAfterCommit(409),
@@ -284,12 +285,37 @@ async fn a_write_whose_answer_is_lost_is_found_to_be_ours() {
 async fn a_write_that_did_not_happen_is_done_again() {
     for action in [
         Action::DropBefore,
+        Action::Reset,
+        Action::HalfRequest,
         Action::ErrorBefore(500),
         Action::ErrorBefore(503),
         Action::ErrorBefore(409),
     ] {
         assert_eq!(put_through(action, 2).await, (Put::Created, 1), "{action:?}");
     }
+}
+
+#[tokio::test]
+async fn a_connection_that_is_cut_is_reset_and_not_closed() {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    let bucket = Bucket::start().await;
+    let host = bucket.endpoint().trim_start_matches("http://").to_string();
+    let mut idle = tokio::net::TcpStream::connect(&host).await.unwrap();
+    let mut busy = tokio::net::TcpStream::connect(&host).await.unwrap();
+    let hangs = bucket.faults().add(Fault::always(Action::Hang));
+    busy.write_all(b"GET /backstay/a HTTP/1.1\r\nHost: a\r\n\r\n").await.unwrap();
+    // Connections are accepted in order: it knows the idle one too.
+    while bucket.faults().fired(hangs) == 0 {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    bucket.faults().cut();
+    for stream in [&mut idle, &mut busy] {
+        let error = stream.read(&mut [0]).await.unwrap_err();
+        assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset);
+    }
+    bucket.faults().clear();
+    let (name, bytes) = (name(), content(1000));
+    assert_eq!(open(&bucket.settings("a")).put(&name, bytes).await.unwrap(), Put::Created);
 }
 
 #[tokio::test]

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
+use tokio::sync::watch;
 
 /// A request, by what it asks for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -29,6 +30,12 @@ pub enum Action {
     DropBefore,
     /// Does it, then closes the connection.
     DropAfterCommit,
+    /// Resets the connection (a TCP RST); nothing is done.
+    Reset,
+    /// Does it, then resets the connection.
+    ResetAfterCommit,
+    /// Takes half of the request's body, then resets the connection; nothing is done.
+    HalfRequest,
     /// Never answers; nothing is done.
     Hang,
     /// Does it, and never answers.
@@ -102,7 +109,10 @@ pub struct FaultId(u64);
 
 /// The script of one server. Clones share it.
 #[derive(Clone, Debug, Default)]
-pub struct Faults(Arc<Mutex<Script>>);
+pub struct Faults {
+    script: Arc<Mutex<Script>>,
+    cuts: Arc<watch::Sender<u64>>,
+}
 
 #[derive(Debug, Default)]
 struct Script {
@@ -145,6 +155,16 @@ impl Faults {
     /// The location is down: every connection is closed at once, until told otherwise.
     pub fn refuse(&self, refused: bool) {
         self.script().refused = refused;
+    }
+
+    /// Resets every connection that there is, whatever is on its way; what has arrived whole may be done or not.
+    pub fn cut(&self) {
+        self.cuts.send_modify(|cuts| *cuts += 1);
+    }
+
+    /// Changes with each cut from now on.
+    pub(super) fn cuts(&self) -> watch::Receiver<u64> {
+        self.cuts.subscribe()
     }
 
     /// Writes over objects in spite of `If-None-Match` and `If-Match`, as some servers do.
@@ -195,7 +215,7 @@ impl Faults {
     }
 
     fn script(&self) -> MutexGuard<'_, Script> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.script.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

@@ -2,12 +2,14 @@
 
 use super::objects::Objects;
 use super::store::Store;
+use super::wire::{Ending, Wire};
 use super::{ACCESS_KEY_ID, Action, Faults, Operation, Options, SECRET_ACCESS_KEY, Tls};
 use anyhow::{Context, Result};
 use bytes::Bytes;
 use futures::stream;
 use http_body_util::{BodyExt, StreamBody};
 use hyper::body::{Frame, Incoming};
+use hyper::header::CONTENT_LENGTH;
 use hyper::{Method, Request, Response, StatusCode, Uri};
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use hyper_util::server::conn::auto;
@@ -49,7 +51,7 @@ impl Running {
         let tls = options.tls.as_ref().map(|tls| acceptor(tls, options.tls_is_old)).transpose()?;
         let mut service = S3ServiceBuilder::new(Store { objects, faults: faults.clone() });
         service.set_auth(SimpleAuth::from_single(ACCESS_KEY_ID, SECRET_ACCESS_KEY));
-        let front = Front { service: service.build(), faults };
+        let front = Front { service: service.build(), faults, ending: Ending::default() };
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(2)
             .thread_name("bucket")
@@ -90,17 +92,32 @@ async fn accept(listener: TcpListener, tls: Option<TlsAcceptor>, front: Front) {
             continue;
         }
         let _ = stream.set_nodelay(true);
-        let (tls, front) = (tls.clone(), front.clone());
+        let ending = Ending::default();
+        let wire = Wire::new(stream, ending.clone());
+        let (tls, front) = (tls.clone(), Front { ending: ending.clone(), ..front.clone() });
+        let mut cuts = front.faults.cuts();
+        let cut = async move {
+            // Fails only when the server is gone.
+            let _ = cuts.changed().await;
+            ending.reset();
+        };
         tokio::spawn(async move {
-            match tls {
-                None => serve(stream, front).await,
-                Some(tls) => {
-                    if let Ok(stream) = tls.accept(stream).await {
-                        serve(stream, front).await;
-                    }
-                }
+            tokio::select! {
+                () = cut => {}
+                () = converse(wire, tls, front) => {}
             }
         });
+    }
+}
+
+async fn converse(wire: Wire, tls: Option<TlsAcceptor>, front: Front) {
+    match tls {
+        None => serve(wire, front).await,
+        Some(tls) => {
+            if let Ok(stream) = tls.accept(wire).await {
+                serve(stream, front).await;
+            }
+        }
     }
 }
 
@@ -119,6 +136,8 @@ async fn serve(stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static, fro
 struct Front {
     service: S3Service,
     faults: Faults,
+    /// Of the connection.
+    ending: Ending,
 }
 
 impl Front {
@@ -132,6 +151,11 @@ impl Front {
         let request = request.map(Body::from);
         match action {
             Some(Action::DropBefore) => return Err(io::Error::other("dropped before")),
+            Some(Action::Reset) => return Err(self.reset("reset before")),
+            Some(Action::HalfRequest) => {
+                take_half(request).await?;
+                return Err(self.reset("half of the request is enough"));
+            }
             Some(Action::Hang) => std::future::pending().await,
             Some(Action::Delay(delay)) => tokio::time::sleep(delay).await,
             Some(Action::ErrorBefore(status)) => {
@@ -144,6 +168,7 @@ impl Front {
             self.service.call(request).await.map_err(|e| io::Error::other(format!("{e:?}")))?;
         match action {
             Some(Action::DropAfterCommit) => Err(io::Error::other("dropped after")),
+            Some(Action::ResetAfterCommit) => Err(self.reset("reset after")),
             Some(Action::HangAfterCommit) => std::future::pending().await,
             Some(Action::ErrorAfterCommit(status)) => error(status),
             Some(Action::Truncate) => truncate(response).await,
@@ -151,6 +176,24 @@ impl Front {
             _ => Ok(response),
         }
     }
+
+    fn reset(&self, why: &'static str) -> io::Error {
+        self.ending.reset();
+        io::Error::other(why)
+    }
+}
+
+/// Reads a request's body up to its middle.
+async fn take_half(request: Request<Body>) -> io::Result<()> {
+    let length = request.headers().get(CONTENT_LENGTH).and_then(|l| l.to_str().ok()?.parse().ok());
+    let half = length.unwrap_or(0u64) / 2;
+    let (mut body, mut taken) = (request.into_body(), 0);
+    while taken < half {
+        let Some(frame) = body.frame().await else { break };
+        let frame = frame.map_err(io::Error::other)?;
+        taken += frame.data_ref().map_or(0, |bytes| bytes.len() as u64);
+    }
+    Ok(())
 }
 
 fn operation(method: &Method, uri: &Uri) -> Operation {

@@ -96,7 +96,9 @@ impl Bounds {
             }
             Target::Latest { acknowledged_until } => {
                 let until = *acknowledged_until;
-                Bounds::at_least(move |t| t.acknowledged().is_some_and(|a| a.at <= until))
+                Bounds::at_least(move |t| {
+                    t.acknowledged().is_some_and(|a| a.returned && a.at <= until)
+                })
             }
             Target::Time(micros) => Bounds::at_time(*micros),
             Target::Name(name) => {

@@ -121,7 +121,7 @@ impl Worker {
             && pending.seq <= last
         {
             let learnt = acknowledgement(session, pending.entry.xid, Instant::now()).await;
-            pending.outcome = Outcome::Acknowledged(learnt);
+            pending.outcome = Outcome::Acknowledged(Acknowledgement { returned: false, ..learnt });
             self.note(pending);
         }
         Ok(())
@@ -244,7 +244,8 @@ struct Plan {
 
 /// Bounds of a commit that has returned. If the server dies now, they stay open.
 async fn acknowledgement(session: &Session, xid: u64, at: Instant) -> Acknowledgement {
-    let open = Acknowledgement { at, after: Lsn::MAX, committed: None, seen: i64::MAX };
+    let open =
+        Acknowledgement { at, returned: true, after: Lsn::MAX, committed: None, seen: i64::MAX };
     let query = format!(
         "SELECT pg_current_wal_flush_lsn(), (extract(epoch FROM clock_timestamp()) * 1000000)::bigint,
                 (extract(epoch FROM pg_xact_commit_timestamp('{}'::xid)) * 1000000)::bigint",
@@ -253,7 +254,7 @@ async fn acknowledgement(session: &Session, xid: u64, at: Instant) -> Acknowledg
     let Ok(rows) = session.rows(&query).await else { return open };
     let known = rows.first().and_then(|row| {
         let (after, seen, committed) = (lsn(&row[0]).ok()?, row[1].parse().ok()?, row[2].parse());
-        Some(Acknowledgement { at, after, committed: committed.ok(), seen })
+        Some(Acknowledgement { at, returned: true, after, committed: committed.ok(), seen })
     });
     known.unwrap_or(open)
 }

@@ -46,6 +46,8 @@ pub enum Outcome {
 pub struct Acknowledgement {
     /// When COMMIT returned, on this machine's clock.
     pub at: Instant,
+    /// False if it never did, and the transaction was found when the server had come back.
+    pub returned: bool,
     /// The commit record ends here or earlier; [`Lsn::MAX`] if the server died before it could say.
     pub after: Lsn,
     /// The time in the commit record, microseconds since 1970, if the server could still say.

@@ -27,22 +27,27 @@ impl Cluster {
     /// Tablespaces are not copied.
     pub async fn standby(&self, scene: &Scene, name: &str) -> Result<Cluster> {
         let slot = slot_of(name);
-        self.sql(&format!("SELECT pg_create_physical_replication_slot('{slot}', true)")).await?;
         let data = scene.folder(name)?;
+        self.back_up(scene, &data, &slot).await?;
+        let mut standby = Cluster::of(scene, &self.major, &data)?;
+        standby.password.clone_from(&self.password);
+        standby.follow(scene, self, &slot)?;
+        standby.start().await?;
+        Ok(standby)
+    }
+
+    /// Makes a slot for a standby, and a base backup of this running server in an empty folder.
+    async fn back_up(&self, scene: &Scene, data: &Path, slot: &str) -> Result<()> {
+        self.sql(&format!("SELECT pg_create_physical_replication_slot('{slot}', true)")).await?;
         let session = self.connect().await?;
         let (start, stop) = match self.major.number() {
             ..15 => ("pg_start_backup('standby', true, false)", "pg_stop_backup(false, false)"),
             _ => ("pg_backup_start('standby', true)", "pg_backup_stop(false)"),
         };
         session.value(&format!("SELECT {start}")).await?;
-        copy_folder(scene, &self.data, &data, Path::new(""))?;
+        copy_folder(scene, &self.data, data, Path::new(""))?;
         let label = session.value(&format!("SELECT labelfile FROM {stop}")).await?;
-        write(scene, &data.join("backup_label"), &label)?;
-        let mut standby = Cluster::of(scene, &self.major, &data)?;
-        standby.password.clone_from(&self.password);
-        standby.follow(scene, self, &slot)?;
-        standby.start().await?;
-        Ok(standby)
+        write(scene, &data.join("backup_label"), &label)
     }
 
     /// Lets the stopped server follow `primary`, through a slot that is there.
@@ -68,6 +73,29 @@ impl Cluster {
         run(command, "pg_rewind")?;
         self.follow(scene, from, &slot)?;
         self.start().await
+    }
+
+    /// The same without `pg_rewind`: the stopped server loses all that it has, for a copy of the one that took over.
+    pub async fn copy_anew(&mut self, scene: &Scene, from: &Cluster, name: &str) -> Result<()> {
+        let slot = slot_of(name);
+        self.destroy()?;
+        let folder = self.data.file_name().context("a data directory has a name")?;
+        scene.folder(&folder.to_string_lossy())?;
+        from.back_up(scene, &self.data, &slot).await?;
+        self.follow(scene, from, &slot)?;
+        self.start().await
+    }
+
+    /// Cuts a standby off from its primary, and waits until it follows no more.
+    pub async fn cut_off(&self, patience: Duration) -> Result<()> {
+        self.sql("ALTER SYSTEM SET primary_conninfo = ''").await?;
+        self.sql("SELECT pg_reload_conf()").await?;
+        let deadline = Instant::now() + patience;
+        while self.value("SELECT count(*) FROM pg_stat_wal_receiver").await? != "0" {
+            ensure!(Instant::now() < deadline, "the standby still follows");
+            tokio::time::sleep(POLL).await;
+        }
+        Ok(())
     }
 
     /// Waits until the standby has replayed all that `primary` has written by now; that position.
