@@ -11,7 +11,7 @@ pub const LOCATIONS: usize = 3;
 pub const HOSTS: usize = 2;
 
 /// Moves drawn between the beginning and the end.
-const MOVES: std::ops::Range<u64> = 7..13;
+const MOVES: std::ops::Range<u64> = 10..18;
 const PROMOTIONS_MAX: u32 = 2;
 /// Snapshots asked for by hand; each promotion has one besides.
 const SNAPSHOTS_MAX: u32 = 1;
@@ -262,15 +262,18 @@ impl Drawing {
             let moves = self.moves();
             let step = self.weigh(&moves);
             self.push(step);
-            let is_busy = !matches!(step, Step::Commits { .. } | Step::Acknowledged);
-            if is_busy && self.world.servers[self.world.primary] && !self.random.one_in(3) {
-                self.commits(5..50);
+            if step == Step::Promote && self.world.flows() && !self.random.one_in(3) {
+                self.push(Step::Acknowledged);
+            }
+            if self.world.servers[self.world.primary] && !self.random.one_in(3) {
+                self.commits(5..60);
             }
         }
         self.end()
     }
 
-    /// Mostly with all in full flight, so that the last moment has something to lose.
+    /// Mostly with all in full flight, and with one location less than the policy needs, so that the last moment has
+    /// something to lose.
     fn end(mut self) -> Vec<Step> {
         let primary = self.world.primary;
         if !self.world.servers[primary] {
@@ -279,8 +282,22 @@ impl Drawing {
         if !self.world.agents[primary] && !self.random.one_in(4) {
             self.push(Step::StartAgent { host: primary });
         }
+        self.commits(5..40);
+        if !self.random.one_in(3) {
+            self.strike_all_but(self.world.policy.needed() - 1);
+        }
         self.commits(20..80);
         self.steps
+    }
+
+    fn strike_all_but(&mut self, spared: usize) {
+        let mut well: Vec<usize> =
+            (0..LOCATIONS).filter(|&l| self.world.blows[l].is_none()).collect();
+        self.random.shuffle(&mut well);
+        for location in well.into_iter().skip(spared) {
+            let blow = *self.random.pick(&BLOWS);
+            self.push(Step::Strike { location, blow });
+        }
     }
 
     fn push(&mut self, step: Step) {

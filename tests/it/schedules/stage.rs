@@ -62,11 +62,13 @@ impl Reign {
         let rows = server.connect().await?.rows(row).await?;
         let [timeline, begin] = &rows[0][..] else { anyhow::bail!("the server tells nothing") };
         let timeline = u32::from_str_radix(timeline, 16)?;
+        let mut told = Told::default();
+        told.watch(server.address());
         Ok(Reign {
             timeline: TimelineId::new(timeline).context("a timeline")?,
             begin: begin.parse().ok().context("a position")?,
             ledger,
-            told: Told::watch(server.address()),
+            told,
         })
     }
 
@@ -283,6 +285,7 @@ impl<'s> Stage<'s> {
         }
         let reign = self.reigns.last_mut().context("a reign")?;
         reign.ledger.stop().await?;
+        reign.told.pause();
         let new = 1 - old;
         let server = &self.hosts[new].server;
         server.promote().await?;
@@ -317,8 +320,9 @@ impl<'s> Stage<'s> {
     async fn old_primary_returns(&mut self) -> Result<()> {
         let old = 1 - self.primary;
         self.hosts[old].server.start().await?;
-        let reign = self.last_reign[old].context("it has reigned")?;
-        self.reigns[reign].ledger.start(&self.hosts[old].server);
+        let reign = &mut self.reigns[self.last_reign[old].context("it has reigned")?];
+        reign.told.watch(self.hosts[old].server.address());
+        reign.ledger.start(&self.hosts[old].server);
         Ok(())
     }
 

@@ -92,13 +92,18 @@ async fn judge_case(
     let (mut restored, _) =
         restore_and_start(scene, &deployment, major, &name, &case.to, &more).await?;
     let session = restored.connect().await?;
-    for target in &case.targets {
+    for (n, target) in case.targets.iter().enumerate() {
         let report = case.reign.ledger.check(&session, target).await?;
         ensure!(report.present > 0, "nothing was restored");
-        (verdict.kept, verdict.left_out) =
-            (verdict.kept + report.present, verdict.left_out + report.left_out);
+        if n == 0 {
+            verdict.kept += report.present;
+            verdict.left_out += report.left_out;
+        }
     }
-    check_all(&restored).await?;
+    // Files are looked at once in each schedule: it takes as long as all the rest.
+    if number == 0 {
+        check_all(&restored).await?;
+    }
     verdict.restores += 1;
     restored.destroy()
 }
@@ -166,7 +171,7 @@ fn kept(
         Policy::Majority => {
             // The one that has most is missed most.
             let other = random.below(LOCATIONS as u64) as usize;
-            let lost = if random.one_in(2) { first } else { other };
+            let lost = if random.one_in(4) { other } else { first };
             (most, all.into_iter().filter(|location| *location != lost).collect())
         }
     }

@@ -105,18 +105,19 @@ fn promise(status: &Value) -> Option<(Branch, Promise)> {
     Some((branch, Promise { acknowledged, counted: (0..LOCATIONS).filter(has).collect() }))
 }
 
-/// How far one server was told that its WAL is safe, sampled until it is dropped.
-#[derive(Debug)]
+/// How far one server was told that its WAL is safe. Sampled while it reigns, and until this is dropped.
+#[derive(Debug, Default)]
 pub struct Told {
     position: Arc<Mutex<Lsn>>,
-    task: JoinHandle<()>,
+    task: Option<JoinHandle<()>>,
 }
 
 impl Told {
-    pub fn watch(server: Address) -> Told {
-        let position = Arc::<Mutex<Lsn>>::default();
-        let shared = position.clone();
-        let task = tokio::spawn(async move {
+    /// From now on, until [`Told::pause`].
+    pub fn watch(&mut self, server: Address) {
+        self.pause();
+        let shared = self.position.clone();
+        self.task = Some(tokio::spawn(async move {
             let mut session = None;
             loop {
                 let asked = tokio::time::timeout(ANSWER_WITHIN, told(&server, &mut session)).await;
@@ -129,8 +130,14 @@ impl Told {
                 }
                 tokio::time::sleep(EVERY).await;
             }
-        });
-        Told { position, task }
+        }));
+    }
+
+    /// Whoever answers there next is another.
+    pub fn pause(&mut self) {
+        if let Some(task) = self.task.take() {
+            task.abort();
+        }
     }
 
     /// The most that it was told so far; 0/0 for nothing.
@@ -141,7 +148,7 @@ impl Told {
 
 impl Drop for Told {
     fn drop(&mut self) {
-        self.task.abort();
+        self.pause();
     }
 }
 
