@@ -4,7 +4,7 @@
 
 mod postgres;
 
-use crate::init::{check_record, while_overloaded};
+use crate::init::{self, while_overloaded};
 use crate::synchronous::{self, WEAK};
 use backstay_common::cluster::ClusterRecord;
 use backstay_common::config::{Acknowledge, Settings};
@@ -152,11 +152,10 @@ async fn check_location(
     location: &Location,
     system: Option<SystemId>,
 ) -> Result<Finding> {
-    let record = while_overloaded(|| location.require_cluster()).await?;
-    let record = ClusterRecord::read(&record)?;
-    check_record(&record, settings, system.unwrap_or(record.system))?;
+    while_overloaded(|| init::check_location(location, settings, system)).await?;
+    let record = ClusterRecord::read(&location.require_cluster().await?)?;
     if location.has_single_writer() {
-        check_single_writer(settings, location, record.system).await?;
+        check_single_writer(settings, location, system.unwrap_or(record.system)).await?;
     }
     let probe = while_overloaded(|| location.probe()).await.context("probe")?;
     Ok(of_probe(location, &probe))

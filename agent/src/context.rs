@@ -2,6 +2,7 @@
 
 use crate::alarms::Alarms;
 use crate::epochs::Epochs;
+use crate::prune::Systems;
 use crate::writer::Writer;
 use backstay_common::config::Settings;
 use backstay_common::id::SystemId;
@@ -20,6 +21,8 @@ pub struct AgentContext {
     pub writers: Vec<Arc<Writer>>,
     pub epochs: Arc<Epochs>,
     pub alarms: Arc<Alarms>,
+    /// The systems that the cluster has had, for prune.
+    pub systems: Systems,
     /// Cancelled when the agent shall stop.
     pub stop: CancellationToken,
 }

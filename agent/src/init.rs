@@ -1,10 +1,12 @@
-//! `init`: makes the object `cluster` at every location, once.
+//! `init`: makes the object `cluster` at every location, once; and, when told to, accepts the system that the cluster has had since
+//! `pg_upgrade`.
 //!
 //! Nothing else ever makes it, so that a location that has lost it (an unmounted disk, a wrong prefix) is noticed and
-//! not filled anew. Running `init` again is harmless: it completes what is missing and changes nothing.
+//! not filled anew. Running `init` again is harmless: it completes what is missing and changes nothing. A crash leaves some
+//! locations done, and `init` does the others.
 
 use crate::connect;
-use backstay_common::cluster::ClusterRecord;
+use backstay_common::cluster::{AcceptedRecord, ClusterRecord, Identity, accepts};
 use backstay_common::config::Settings;
 use backstay_common::id::SystemId;
 use backstay_common::location::{Location, PutNew, is_overload};
@@ -21,20 +23,27 @@ const PAUSES: (Duration, Duration) = (Duration::from_secs(1), Duration::from_sec
 pub enum Initialised {
     Made,
     AlreadyThere,
+    /// It takes the backups of the new system too, from now on.
+    Accepted,
 }
 
-/// Checks key and server first, then prepares each location; stops at the first that refuses.
-pub async fn run(settings: &Settings) -> Result<Vec<(Location, Initialised)>> {
+/// Checks key and server first, then prepares each location; stops at the first that refuses. A system other than the one that a
+/// location was made for is refused unless `accept_new_system`.
+pub async fn run(
+    settings: &Settings,
+    accept_new_system: bool,
+) -> Result<Vec<(Location, Initialised)>> {
     settings.keys.provider()?;
     let server = connect::identify(settings).await?;
     let mut done = Vec::new();
     for location in &settings.locations {
         let location = Location::open(location)?;
-        let prepared = || prepare(settings, server.system, &location);
+        let prepared = || prepare(settings, server.system, accept_new_system, &location);
         let initialised = while_overloaded(prepared).await;
         let initialised = initialised.context(format!("location {}", location.name()))?;
         done.push((location, initialised));
     }
+    agree(&done).await?;
     Ok(done)
 }
 
@@ -54,9 +63,32 @@ pub async fn while_overloaded<T>(work: impl AsyncFn() -> Result<T>) -> Result<T>
     }
 }
 
+/// Each location is to know every system that another one has backups of: they are copied to it.
+async fn agree(done: &[(Location, Initialised)]) -> Result<()> {
+    let reads = done.iter().map(|(location, _)| Identity::read(location));
+    let identities = futures::future::try_join_all(reads).await?;
+    let Some(mut all) = identities.first().cloned() else { return Ok(()) };
+    for &(system, made) in identities.iter().flat_map(|identity| &identity.systems) {
+        all.add_system(system, made);
+    }
+    for ((location, _), identity) in done.iter().zip(&identities) {
+        for &(system, made) in all.systems.iter().filter(|(system, _)| !identity.has(*system)) {
+            let record = AcceptedRecord { cluster: all.cluster.clone(), system, made };
+            write(location, &record).await?;
+        }
+    }
+    Ok(())
+}
+
+async fn write(location: &Location, record: &AcceptedRecord) -> Result<()> {
+    let object = record.object();
+    location.put(&object.name, object.bytes).await.context("accept another system").map(drop)
+}
+
 async fn prepare(
     settings: &Settings,
     system: SystemId,
+    accept_new_system: bool,
     location: &Location,
 ) -> Result<Initialised> {
     location.create_root().await?;
@@ -67,12 +99,31 @@ async fn prepare(
         PutNew::Created | PutNew::Present => return Ok(Initialised::Made),
         PutNew::Conflict => location.require_cluster().await?,
     };
-    check_record(&ClusterRecord::read(&there)?, settings, system)?;
-    Ok(Initialised::AlreadyThere)
+    let record = ClusterRecord::read(&there)?;
+    check_name(&record, settings)?;
+    if !accept_new_system || accepts(location, &record, system).await? {
+        check_system(location, &record, system).await?;
+        return Ok(Initialised::AlreadyThere);
+    }
+    write(location, &Identity::read(location).await?.accept(system, now)).await?;
+    Ok(Initialised::Accepted)
 }
 
-/// Refuses a location that was made for another cluster or another system.
-pub fn check_record(record: &ClusterRecord, settings: &Settings, system: SystemId) -> Result<()> {
+/// Refuses a location of another cluster, and one that does not take the backups of `system`; without a `system` only the former.
+pub async fn check_location(
+    location: &Location,
+    settings: &Settings,
+    system: Option<SystemId>,
+) -> Result<()> {
+    let record = ClusterRecord::read(&location.require_cluster().await?)?;
+    check_name(&record, settings)?;
+    match system {
+        Some(system) => check_system(location, &record, system).await,
+        None => Ok(()),
+    }
+}
+
+fn check_name(record: &ClusterRecord, settings: &Settings) -> Result<()> {
     if record.cluster != settings.cluster {
         return Err(Error::new(
             Kind::Config,
@@ -80,7 +131,11 @@ pub fn check_record(record: &ClusterRecord, settings: &Settings, system: SystemI
         )
         .remedy("give this cluster a prefix of its own in the location's url, or correct `cluster` in the config"));
     }
-    if record.system != system {
+    Ok(())
+}
+
+async fn check_system(location: &Location, record: &ClusterRecord, system: SystemId) -> Result<()> {
+    if !accepts(location, record, system).await? {
         return Err(Error::new(
             Kind::Config,
             format!(
@@ -89,7 +144,7 @@ pub fn check_record(record: &ClusterRecord, settings: &Settings, system: SystemI
                 record.system
             ),
         )
-        .remedy("check `conninfo`; for a server that is new, give the location's url another prefix and run init"));
+        .remedy("check `conninfo`; if this is the same cluster after pg_upgrade, run `backstay-agent init --accept-new-system`; if it is another one, give the location's url another prefix and run init"));
     }
     Ok(())
 }

@@ -40,8 +40,8 @@ const PENDING: &str = "snapshot-pending";
 
 /// Two prunes that nobody asked for are so far apart.
 const PRUNE_PAUSE_MIN: Duration = Duration::from_secs(1);
-/// After a prune that failed.
-const PRUNE_AGAIN_AFTER: Duration = Duration::from_secs(600);
+/// After a prune that failed, and after one that failed again.
+const PRUNE_AGAIN_AFTER: [Duration; 2] = [Duration::from_secs(60), Duration::from_secs(600)];
 
 type Outcome = Result<SnapshotOutcome>;
 
@@ -133,6 +133,8 @@ pub struct KeeperTask {
     behind: (Option<Branch>, Option<Lsn>),
     /// When something that was condemned is due.
     prune_due: Option<Timestamp>,
+    /// The last prune failed, at one location at least.
+    prune_failed: bool,
 }
 
 /// Why the keeper woke up.
@@ -172,6 +174,7 @@ pub fn new(
         status,
         behind: (None, None),
         prune_due: None,
+        prune_failed: false,
     };
     (keeper, task)
 }
@@ -233,6 +236,15 @@ impl KeeperTask {
                     let is_due = self.due_at_start(last).is_some()
                         || last.is_some_and(|last| reason_of(&self.wal.borrow(), last).is_some());
                     is_due.then_some((reason, FENCED_RETRY_AFTER))
+                }
+                // Nothing is won by waiting where the WAL goes on behind a new gap.
+                Err(_) if self.wal.borrow().gap_end > self.behind.1 => {
+                    match (is_any_there(&self.wal.borrow()), last) {
+                        (true, _) => Some((Reason::AfterGap, Duration::ZERO)),
+                        // As soon as a location is back.
+                        (false, Some(_)) => None,
+                        (false, None) => Some((reason, RETRY_AFTER)),
+                    }
                 }
                 Err(_) => Some((reason, RETRY_AFTER)),
             };
@@ -301,9 +313,9 @@ impl KeeperTask {
             || !matches!(reason, Reason::Scheduled | Reason::CaughtUp);
         self.wait_for_a_later_name().await;
         self.wait_for_the_slot().await;
+        self.behind = (self.wal.borrow().branch, self.wal.borrow().gap_end);
         let generation = self.generation().await?;
         let request = SnapshotRequest { fast_checkpoint, reason, generation };
-        self.behind = (self.wal.borrow().branch, self.wal.borrow().gap_end);
         self.update(|status| status.running = Some(SnapshotProgress::default()));
         let taken = tokio::select! {
             () = self.context.stop.cancelled() => {
@@ -360,7 +372,8 @@ impl KeeperTask {
             () = self.context.stop.cancelled() => return Err(Error::new(Kind::Cancelled, "the agent is stopping")),
             report = self.prune_with_lease(options) => report,
         };
-        let again = Timestamp::now().checked_add(PRUNE_AGAIN_AFTER).ok();
+        let again = Timestamp::now().checked_add(PRUNE_AGAIN_AFTER[usize::from(self.prune_failed)]);
+        self.prune_failed = !report.as_ref().is_ok_and(|report| report.failed.is_empty());
         self.prune_due = match &report {
             // A moment later, for stores whose times are whole seconds.
             Ok(report) if report.failed.is_empty() => {
@@ -368,14 +381,14 @@ impl KeeperTask {
                     report.next_due().and_then(|due| due.checked_add(Duration::from_secs(1)).ok());
                 due.map(|due| due.max(Timestamp::now() + PRUNE_PAUSE_MIN))
             }
-            Ok(_) => again,
+            Ok(_) => again.ok(),
             Err(error) if error.kind() == Kind::Fenced => {
                 tracing::info!("not pruned here: {}", error.message());
-                again
+                again.ok()
             }
             Err(error) => {
                 tracing::warn!("not pruned: {error}");
-                again
+                again.ok()
             }
         };
         report
@@ -460,12 +473,18 @@ fn reason_of(wal: &WalStatus, last: Newest) -> Option<Reason> {
     if wal.standing_by {
         return None;
     }
-    if wal.gap_end > last.gap_end {
+    // While every location is away, one would only fail, and then wait.
+    if wal.gap_end > last.gap_end && is_any_there(wal) {
         return Some(Reason::AfterGap);
     }
     // The rest of an older timeline is on the way to the newer one.
     let (now, then) = wal.branch.zip(last.branch)?;
     (now != then && now.timeline >= then.timeline).then_some(Reason::NewTimeline)
+}
+
+/// True if a location takes WAL, as far as is known.
+fn is_any_there(wal: &WalStatus) -> bool {
+    wal.locations.iter().any(|location| location.last_error.is_none())
 }
 
 fn until(moment: Timestamp) -> Duration {

@@ -29,7 +29,11 @@ struct Arguments {
 #[derive(Subcommand)]
 enum Verb {
     /// Make each location ready, once, before the first run.
-    Init,
+    Init {
+        /// The server is the same cluster with a new system identifier, as after pg_upgrade: back it up beside the old one.
+        #[arg(long)]
+        accept_new_system: bool,
+    },
     /// Look whether everything is as the agent needs it.
     Check {
         /// Print the findings as JSON.
@@ -127,7 +131,7 @@ fn log_to_stderr() {
 async fn run(arguments: Arguments) -> anyhow::Result<u8> {
     let settings = Settings::read(&arguments.config)?;
     match arguments.verb {
-        Verb::Init => run_init(&settings).await,
+        Verb::Init { accept_new_system } => run_init(&settings, accept_new_system).await,
         Verb::Check { json } => run_check(&settings, json).await,
         Verb::Run => {
             backstay_agent::run(settings).await?;
@@ -147,11 +151,12 @@ async fn run(arguments: Arguments) -> anyhow::Result<u8> {
     }
 }
 
-async fn run_init(settings: &Settings) -> anyhow::Result<u8> {
-    for (location, initialised) in init::run(settings).await? {
+async fn run_init(settings: &Settings, accept_new_system: bool) -> anyhow::Result<u8> {
+    for (location, initialised) in init::run(settings, accept_new_system).await? {
         let what = match initialised {
             Initialised::Made => "initialised",
             Initialised::AlreadyThere => "was initialised before",
+            Initialised::Accepted => "takes the new system's backups from now on",
         };
         println!("location {} ({}): {what}", location.name(), location.url());
     }

@@ -7,8 +7,9 @@
 //!
 //! | file | what it does |
 //! |---|---|
-//! | `store` | what is asked of a location |
-//! | `look` | lists it, and reads what says what is needed |
+//! | `systems` | the server's system, and those that the cluster had before |
+//! | `store`, `memory` | what is asked of a location, and what is known of it |
+//! | `look` | lists it, and reads what says what is needed and is not known |
 //! | `mark` | what neither the location nor all of them together need |
 //! | `execute` | condemns, and deletes: manifests first |
 //! | `pins` | holds snapshots, and acknowledges damage |
@@ -22,12 +23,16 @@
 mod execute;
 mod look;
 mod mark;
+mod memory;
 pub mod pins;
 mod report;
 mod store;
+mod systems;
 
+pub use memory::{Fact, Memory};
 pub use report::{Amount, LocationReport, PruneReport};
 pub use store::{AgentStore, Store};
+pub use systems::{System, Systems};
 
 use crate::context::AgentContext;
 use backstay_common::id::{AgentName, Branch, LocationName, SystemId};
@@ -83,7 +88,7 @@ impl<S: Store> Pruner<'_, S> {
         for (store, looked) in self.look().await {
             match looked {
                 Ok(look) => looks.push((store, look)),
-                Err(error) => report.failed.push((store.name().clone(), error.to_string())),
+                Err(error) => report.fail(store.name(), &error),
             }
         }
         let windows: Vec<Window> = looks
@@ -98,6 +103,7 @@ impl<S: Store> Pruner<'_, S> {
         for ((store, look), window) in looks.into_iter().zip(windows) {
             let execution = Execution {
                 store,
+                stores: self.stores,
                 look,
                 union: &union,
                 together: &together,
@@ -115,7 +121,7 @@ impl<S: Store> Pruner<'_, S> {
             };
             match done {
                 Ok(done) => report.locations.push(done),
-                Err(error) => report.failed.push((store.name().clone(), error.to_string())),
+                Err(error) => report.fail(store.name(), &error),
             }
         }
         report
@@ -157,7 +163,7 @@ impl<S: Store> Pruner<'_, S> {
 
     async fn look(&self) -> Vec<(&S, Result<Look>)> {
         let looks = self.stores.iter().map(|store| async move {
-            let looked = look(store, self.system).await.and_then(|look| {
+            let looked = look(store, self.stores, self.system).await.and_then(|look| {
                 check_clock(store.name().as_str(), look.view.now, self.now)?;
                 Ok(look)
             });
@@ -199,77 +205,85 @@ fn check_clock(location: &str, store: Timestamp, ours: Timestamp) -> Result<()> 
     }
 }
 
-fn stores(context: &AgentContext) -> Vec<AgentStore> {
-    let store = |writer: &Arc<crate::writer::Writer>| AgentStore {
-        writer: writer.clone(),
-        keyring: context.epochs.keyring().clone(),
-        system: context.system,
-    };
-    context.writers.iter().map(store).collect()
-}
-
 async fn pruner<'a>(
     context: &'a AgentContext,
-    stores: &'a [AgentStore],
+    system: &'a System,
     generation: u64,
 ) -> Result<Pruner<'a, AgentStore>> {
+    let rules = context.settings.retention.rules();
     Ok(Pruner {
-        stores,
-        system: context.system,
+        stores: &system.stores,
+        system: system.id,
         agent: &context.settings.agent,
-        rules: context.settings.retention.rules(),
+        rules: Rules { is_succeeded: system.is_succeeded, ..rules },
         grace: context.settings.retention.grace,
         generation,
-        epoch: context.epochs.current().await?,
+        epoch: system.epochs.current().await?,
         now: Timestamp::now(),
     })
 }
 
-/// Prunes the agent's locations under a generation of the lease, and keeps the alarms about it.
+/// Prunes the agent's locations under a generation of the lease, and keeps the alarms about it. That a location is down is
+/// another alarm's to say.
 pub async fn run(
     context: &AgentContext,
     generation: u64,
     options: PruneOptions,
 ) -> Result<PruneReport> {
-    let stores = stores(context);
-    let report = pruner(context, &stores, generation).await?.run(options).await;
-    if options.dry_run {
-        return Ok(report);
+    let own = context.systems.own(context).await;
+    let mut report = pruner(context, &own, generation).await?.run(options).await;
+    // Whoever holds the lease of the cluster's present system speaks for those that it had before.
+    for system in context.systems.others(context).await? {
+        report.add(pruner(context, &system, generation).await?.run(options).await);
     }
-    for (location, reason) in &report.failed {
-        context.alarms.raise("prune-failed", location.as_str(), reason);
-    }
-    for done in &report.locations {
-        let name = done.location.as_str();
-        context.alarms.clear("prune-failed", name);
-        match done.window_refused {
-            None => context.alarms.clear("window-shorter", name),
-            Some(_) => context.alarms.raise(
-                "window-shorter",
-                name,
-                "the window in the config is shorter than the one last applied, which goes on; run `backstay-agent prune --accept-window` if that is meant",
-            ),
-        }
-        tracing::info!(location = name, deleted = %done.deleted, condemned = %done.condemned, left = %done.left, "pruned");
+    if !options.dry_run {
+        alarm(context, &report);
     }
     Ok(report)
 }
 
-/// What no location needs any more, so that it is not copied to one that has let go of it. Empty if that cannot be said.
-pub async fn unneeded(context: &AgentContext) -> BTreeSet<ObjectName> {
-    let verdict = needed(context).await.unwrap_or_default();
+fn alarm(context: &AgentContext, report: &PruneReport) {
+    let worth_telling =
+        |(location, _): &&(LocationName, String)| !report.unavailable.contains(location);
+    for (location, reason) in report.failed.iter().filter(worth_telling) {
+        context.alarms.raise("prune-failed", location.as_str(), reason);
+    }
+    for writer in &context.writers {
+        let name = writer.location().name();
+        let done: Vec<_> = report.locations.iter().filter(|done| done.location == *name).collect();
+        if !done.is_empty() && !report.failed.iter().any(|(failed, _)| failed == name) {
+            context.alarms.clear("prune-failed", name.as_str());
+        }
+        match done.iter().any(|done| done.window_refused.is_some()) {
+            false if done.is_empty() => {}
+            false => context.alarms.clear("window-shorter", name.as_str()),
+            true => context.alarms.raise(
+                "window-shorter",
+                name.as_str(),
+                "the window in the config is shorter than the one last applied, which goes on; run `backstay-agent prune --accept-window` if that is meant",
+            ),
+        }
+        for done in done {
+            tracing::info!(location = %name, system = %done.system, deleted = %done.deleted, condemned = %done.condemned, left = %done.left, "pruned");
+        }
+    }
+}
+
+/// What no location needs any more of a system, so that it is not copied to one that has let go of it. Empty if that cannot be
+/// said.
+pub async fn unneeded(context: &AgentContext, system: &System) -> BTreeSet<ObjectName> {
+    let verdict = needed(context, system).await.unwrap_or_default();
     verdict.goes.into_keys().collect()
 }
 
-/// The WAL that all locations together need; `None` if that cannot be said now.
+/// The WAL of the server's system that all locations together need; `None` if that cannot be said now.
 pub async fn needed_wal(context: &AgentContext) -> Option<BTreeMap<Branch, Vec<LsnRange>>> {
-    Some(needed(context).await?.wal)
+    Some(needed(context, &context.systems.own(context).await).await?.wal)
 }
 
-async fn needed(context: &AgentContext) -> Option<Verdict> {
-    let stores = stores(context);
+async fn needed(context: &AgentContext, system: &System) -> Option<Verdict> {
     // What is needed does not depend on who asks.
-    pruner(context, &stores, 0).await.ok()?.needed().await
+    pruner(context, system, 0).await.ok()?.needed().await
 }
 
 #[cfg(test)]

@@ -10,15 +10,15 @@ use crate::context::AgentContext;
 use crate::control;
 use crate::epochs::Epochs;
 use crate::indexer;
-use crate::init::check_record;
+use crate::init::check_location;
 use crate::keeper;
 use crate::lease::Leasing;
+use crate::prune::Systems;
 use crate::schedule::Schedule;
 use crate::status::{LocationRequests, Status};
 use crate::synchronous;
 use crate::wal::{self, WalStatus};
 use crate::writer::Writer;
-use backstay_common::cluster::ClusterRecord;
 use backstay_common::config::{GRACE, Settings};
 use backstay_common::keys::Keyring;
 use backstay_common::location::Location;
@@ -71,6 +71,7 @@ pub async fn run(settings: Settings) -> Result<()> {
         writers,
         epochs,
         alarms,
+        systems: Systems::default(),
         stop: stop.clone(),
     });
     tracing::info!(agent = %context.settings.agent, system = %context.system, "agent started");
@@ -205,12 +206,16 @@ async fn look_at(
     alarms: &Alarms,
 ) -> Result<()> {
     let name = location.name().as_str();
-    let looked = tokio::time::timeout(FIRST_LOOK, location.require_cluster()).await;
-    match looked {
-        Ok(Ok(bytes)) => ClusterRecord::read(&bytes)
-            .and_then(|record| check_record(&record, settings, server.system))
-            .context(format!("location {name}")),
-        Ok(Err(error)) => {
+    let look = async {
+        location.require_cluster().await?;
+        Ok(check_location(location, settings, Some(server.system)).await)
+    };
+    match tokio::time::timeout(FIRST_LOOK, look).await {
+        Ok(Ok(Ok(()))) => Ok(()),
+        Ok(Ok(Err(error))) if error.kind() != Kind::Storage => {
+            Err(error.context(format!("location {name}")))
+        }
+        Ok(Ok(Err(error)) | Err(error)) => {
             alarms.raise("location-down", name, error.message());
             Ok(())
         }

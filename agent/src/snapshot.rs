@@ -20,13 +20,15 @@
 //! | `remote`, `tar`, `arrive` | a base backup over the network: received, taken apart, sorted |
 //! | `server_manifest`, `mend` | whether all of it came whole; which pages with a wrong checksum replay mends |
 //! | `parent`, `cache`, `rebuild` | the snapshot to compare with, and what is known of its files |
-//! | `cut`, `read` | files into jobs, jobs into pages and their hashes |
+//! | `cut`, `read`, `readers` | files into jobs, jobs into pages and their hashes, by several threads |
 //! | `diff` | pages that changed into frames |
 //! | `assemble`, `overlay`, `loose` | files, maps and the table, new over old, while frames arrive out of order |
 //! | `usage` | which frames of which packs the snapshot uses |
 //! | `pack`, `ship` | frames into packs, packs to all locations |
 //! | `commit` | the manifest, last, where all that it needs is listed |
-//! | `progress`, `hash_key` | how far it is; the key of page hashes |
+//! | `leftover` | what a snapshot that was interrupted has stored, for the next one |
+//! | `pace`, `priority` | how fast files are read, and after whom |
+//! | `progress`, `outcome`, `hash_key` | how far it is, and what came of it; the key of page hashes |
 //!
 //! A snapshot is complete whatever it stores: its maps name a frame for every page, its own or an older snapshot's. What it stores
 //! is the pages whose content differs from the parent's, and those that must not stay where they are, because a restore would
@@ -34,7 +36,8 @@
 //!
 //! What always holds: nothing is committed unless everything succeeded; a location has a manifest only if it has what the
 //! manifest needs. Memory is about 250 MiB (100 MiB more without file access) whatever the size of the database: four sealed packs, one being sealed, one being
-//! filled, and what the readers hold. A crash leaves a `begin` and packs that no manifest names, for prune to find.
+//! filled, and what the readers hold. A crash leaves a `begin`, packs that no manifest names, and a
+//! journal of them: the next snapshot uses those whose pages are still the same, and prune finds the rest.
 
 mod arrive;
 mod assemble;
@@ -45,32 +48,40 @@ mod cut;
 mod diff;
 #[cfg(test)]
 mod fixture;
-#[cfg(test)]
-mod generations;
 mod hash_key;
 mod label;
+mod leftover;
 mod local_disk;
 mod loose;
 mod mend;
+mod outcome;
 mod overlay;
+mod pace;
 mod pack;
 mod parent;
+mod priority;
 mod progress;
 mod read;
+mod readers;
 mod rebuild;
 mod remote;
 mod server_manifest;
 mod session;
 mod ship;
 mod tar;
+#[cfg(test)]
+mod tests;
 mod usage;
 mod walk;
+
+pub use outcome::{Phase, Reason, SnapshotOutcome, SnapshotProgress, SnapshotRequest};
 
 use crate::context::AgentContext;
 use crate::wal::WalStatus;
 use assemble::{Assembled, Assembler};
+use backstay_common::config::Priority;
 use backstay_common::control::ControlFile;
-use backstay_common::id::{LocationName, SnapshotId, random_bytes};
+use backstay_common::id::{SnapshotId, random_bytes};
 use backstay_common::lsn::{Lsn, LsnRange};
 use backstay_common::seal::FRAME_BYTES_MAX;
 use backstay_common::snapshot::{Begin, Manifest, ManifestPlain, Root, Tablespace};
@@ -78,142 +89,31 @@ use backstay_common::{Error, Kind, Result};
 use cache::{CacheWriter, Summary};
 use commit::Commit;
 use cut::arriving::{self, ArrivingCutter};
-use cut::{Cutter, Links};
 use label::BackupLabel;
+use leftover::{Journal, Leftover};
+use pace::Pace;
 use pack::Packs;
 use parent::{Parent, Server};
 use progress::Meter;
-use read::{Reader, Reading};
+use read::Reading;
+use readers::Pool;
 use remote::{Received, Remote};
-use serde::{Deserialize, Serialize};
-use session::{Session, Source};
+use session::{Session, Source, Watch};
 use ship::{Fleet, Parcel};
-use std::fmt;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
-use tokio::sync::{mpsc, watch};
+use std::sync::Arc;
+use std::time::Instant;
+use tokio::sync::watch;
 use walk::{Tree, What};
 
-/// Frames that wait for the assembler, of at most 1 MiB each.
-const MESSAGES_MAX: usize = 16;
 /// Jobs that wait for a reader.
 const JOBS_MAX: usize = 16;
-/// How often the backup session is looked after while files are read.
-const SESSION_CHECKED_EVERY: Duration = Duration::from_secs(15);
 /// More alarms than this about damaged files help nobody.
 const ALARMS_MAX: usize = 100;
 
 /// Pages in one part of a file: 1 MiB of it, and at most one frame.
 pub fn part_pages(page_bytes: u32) -> u32 {
     FRAME_BYTES_MAX as u32 / page_bytes
-}
-
-/// What is asked of a snapshot.
-#[derive(Clone, Copy, Debug)]
-pub struct SnapshotRequest {
-    /// An immediate checkpoint; else PostgreSQL spreads it over minutes.
-    pub fast_checkpoint: bool,
-    pub reason: Reason,
-    /// Of the lease that is held.
-    pub generation: u64,
-}
-
-/// Why a snapshot is taken.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Reason {
-    FirstStart,
-    Scheduled,
-    /// One was due while the agent was down.
-    CaughtUp,
-    /// The server is on another timeline than the newest snapshot: after a restore or a promotion.
-    NewTimeline,
-    /// WAL is missing, and only a snapshot makes moments after the gap reachable.
-    AfterGap,
-    Asked,
-}
-
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Phase {
-    /// Waiting for PostgreSQL's checkpoint.
-    #[default]
-    Starting,
-    Reading,
-    /// Waiting for packs and WAL to be at the locations.
-    Committing,
-    Done,
-}
-
-impl fmt::Display for Phase {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Phase::Starting => "starting",
-            Phase::Reading => "reading",
-            Phase::Committing => "committing",
-            Phase::Done => "done",
-        })
-    }
-}
-
-/// How far a snapshot has come.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct SnapshotProgress {
-    /// None before the first.
-    pub id: Option<SnapshotId>,
-    pub phase: Phase,
-    pub bytes_done: u64,
-    pub bytes_total: u64,
-    pub files_done: u64,
-    pub files_total: u64,
-    /// Bytes of the packs so far, counted once whatever the number of locations.
-    pub stored_bytes: u64,
-    pub started: Option<jiff::Timestamp>,
-}
-
-/// A snapshot that is committed at one location at least.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct SnapshotOutcome {
-    pub id: SnapshotId,
-    /// The snapshot that it was compared with.
-    pub parent: Option<SnapshotId>,
-    /// Where replay begins.
-    pub start: Lsn,
-    /// From here on it is consistent.
-    pub stop: Lsn,
-    pub committed: Vec<LocationName>,
-    /// Where it is not committed, and why.
-    pub pending: Vec<(LocationName, String)>,
-    pub database_bytes: u64,
-    pub stored_bytes: u64,
-    pub seconds: f64,
-    pub corrupt_pages: u64,
-}
-
-impl fmt::Display for SnapshotOutcome {
-    /// Several lines, for a person.
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let mib = |bytes: u64| bytes as f64 / f64::from(1 << 20);
-        let committed: Vec<&str> = self.committed.iter().map(LocationName::as_str).collect();
-        writeln!(f, "snapshot {} taken in {:.1} s", self.id, self.seconds)?;
-        writeln!(f, "  start {}, consistent from {}", self.start, self.stop)?;
-        let (database, stored) = (mib(self.database_bytes), mib(self.stored_bytes));
-        match self.parent {
-            Some(parent) => {
-                writeln!(f, "  {database:.1} MiB compared with {parent}, {stored:.1} MiB stored")?
-            }
-            None => writeln!(f, "  {database:.1} MiB read, {stored:.1} MiB stored")?,
-        }
-        write!(f, "  committed at {}", committed.join(", "))?;
-        for (location, reason) in &self.pending {
-            write!(f, "\n  NOT committed at {location}: {reason}")?;
-        }
-        match self.corrupt_pages {
-            0 => Ok(()),
-            pages => write!(f, "\n  {pages} pages fail their checksum at the source"),
-        }
-    }
 }
 
 /// Takes a snapshot. Safe to drop: the backup ends with its session, and nothing is committed that is not complete.
@@ -269,6 +169,8 @@ struct Onto<'a> {
     fleet: &'a Arc<Fleet>,
     parent: &'a Option<Arc<Parent>>,
     cache: &'a Arc<CacheWriter>,
+    journal: &'a Arc<Journal>,
+    leftover: &'a Arc<Leftover>,
 }
 
 impl Onto<'_> {
@@ -300,19 +202,29 @@ impl Taking<'_> {
             Origin::Network(remote) => Server::of_remote(remote, timeline),
         };
         let parent = parent::find(self.context, &server).await;
+        let (journal, leftover) = self.take_up(server.page_bytes).await?;
         let begin = self.begin(parent.as_ref().map(|parent| parent.id())).await?;
         let fleet = Arc::new(Fleet::new(&self.context.writers, begin));
         let path = cache::path_of(&self.context.settings.state_dir, self.context.system);
         let cache = Arc::new(CacheWriter::create(parent::new_path(&path)));
-        let onto = Onto { fleet: &fleet, parent: &parent, cache: &cache };
+        let (journal, leftover) = (&journal, &leftover);
+        let onto = Onto { fleet: &fleet, parent: &parent, cache: &cache, journal, leftover };
         let finished = match origin {
             Origin::Files(session, source) => self.read(session, source, onto).await?,
             Origin::Network(remote) => self.receive(remote, onto).await?,
         };
         self.meter.enter(Phase::Committing);
         let has_cache = self.finish_cache(&cache, &parent, &finished).await?;
-        let manifest = self.manifest(finished).await?;
+        let mut manifest = self.manifest(finished).await?;
+        if !leftover.abandoned.is_empty() {
+            manifest.plain.abandoned = Some(leftover.abandoned.clone());
+        }
         let outcome = self.commit(&fleet, &manifest, &parent).await?;
+        journal.remove();
+        if leftover.used_bytes() > 0 {
+            let bytes = leftover.used_bytes();
+            tracing::info!(bytes, "not stored again, since an interrupted snapshot had stored it");
+        }
         if has_cache && let Err(error) = cache.publish(&path) {
             tracing::warn!(
                 "the page-hash cache has no name, the next snapshot fetches the hashes instead: {error}"
@@ -321,6 +233,48 @@ impl Taking<'_> {
         self.report_damage(&manifest.root);
         self.meter.enter(Phase::Done);
         Ok(outcome)
+    }
+
+    /// Begins the journal of this snapshot, and takes up what those that were interrupted have stored.
+    async fn take_up(&self, page_bytes: u32) -> Result<(Arc<Journal>, Arc<Leftover>)> {
+        let (state_dir, system) = (self.context.settings.state_dir.clone(), self.context.system);
+        let key = cache::fingerprint(&hash_key::read_or_make(&state_dir, system)?);
+        let listed = match Journal::is_left(&state_dir, system) {
+            true => leftover::listed(&self.context.writers, system).await,
+            false => leftover::Listed::default(),
+        };
+        let begun = leftover::Begun { snapshot: self.id, system, key, page_bytes };
+        let now = jiff::Timestamp::now();
+        let taken = blocking(move || Ok(Journal::take_up(&state_dir, &begun, &listed, now)));
+        let (journal, leftover) = taken.await?;
+        if !leftover.abandoned.is_empty() {
+            let (snapshots, packs) = (leftover.abandoned.len(), leftover.packs());
+            tracing::info!(snapshots, packs, "taking up what an interrupted snapshot has stored");
+        }
+        Ok((Arc::new(journal), Arc::new(leftover)))
+    }
+
+    /// The threads that read, for files on disk.
+    fn pool(
+        &self,
+        onto: &Onto<'_>,
+        reading: &Arc<Reading>,
+        readers: usize,
+        jobs_max: usize,
+    ) -> Pool {
+        let settings = &self.context.settings.snapshot;
+        let is_awaited = matches!(self.request.reason, Reason::Asked | Reason::FirstStart);
+        Pool {
+            reading: reading.clone(),
+            parent: onto.parent.clone(),
+            leftover: onto.leftover.clone(),
+            cache: onto.cache.clone(),
+            meter: self.meter.clone(),
+            pace: Arc::new(Pace::new(settings.max_rate)),
+            priority: if is_awaited { Priority::Normal } else { settings.priority },
+            readers,
+            jobs_max,
+        }
     }
 
     /// Also proves that there is a key to seal under.
@@ -355,9 +309,10 @@ impl Taking<'_> {
         let (page_bytes, segment_pages) = (control.block_bytes, control.relation_segment_blocks);
         let reading = self.reading(page_bytes, segment_pages, control.has_checksums(), start)?;
         let mut assembler = self.assembler(&onto, &reading);
-        let (parent, cache, meter) = (onto.parent.clone(), onto.cache.clone(), self.meter.clone());
-        let messages = start_threads(&tree, &reading, parent, cache, meter)?;
-        watched(&mut session, assembler.take_all(messages)).await?;
+        let messages = self.pool(&onto, &reading, cores(), JOBS_MAX).start_on(&tree)?;
+        let needed = start.align_down(control.segment_size.bytes());
+        let mut watch = Watch { session: &mut session, wal: &self.wal, needed };
+        watch.during(assembler.take_all(messages)).await?;
         let (control, mode, bytes) = blocking(move || read_control(&tree.data_dir)).await?;
         assembler.add_control(walk::CONTROL_PATH, mode, bytes).await?;
         let data_dir = source.data_dir.clone();
@@ -380,9 +335,8 @@ impl Taking<'_> {
         let reading =
             self.reading(page_bytes, segment_pages, shape.checksums, backup.start_lsn())?;
         let mut assembler = self.assembler(&onto, &reading);
-        let (parent, cache, meter) = (onto.parent.clone(), onto.cache.clone(), self.meter.clone());
         let (readers, jobs) = (cores().min(arriving::READERS_MAX), arriving::JOBS_MAX);
-        let (links, messages) = start_readers(&reading, parent, cache, meter, readers, jobs)?;
+        let (links, messages) = self.pool(&onto, &reading, readers, jobs).start()?;
         let receiving = backup.receive(self.context, ArrivingCutter::new(links));
         let (received, ()) = tokio::try_join!(receiving, assembler.take_all(messages))?;
         let Received { label, control, control_bytes, control_mode, tablespaces } = received;
@@ -412,9 +366,11 @@ impl Taking<'_> {
             self.context.epochs.clone(),
             onto.fleet.clone(),
             self.meter.clone(),
+            onto.journal.clone(),
         );
-        let (parent, cache) = (onto.parent.clone(), onto.cache.clone());
-        Assembler::new(packs, parent, cache, reading.clone(), self.meter.clone())
+        let (parent, leftover) = (onto.parent.clone(), onto.leftover.clone());
+        let (cache, meter) = (onto.cache.clone(), self.meter.clone());
+        Assembler::new(packs, parent, leftover, cache, reading.clone(), meter)
     }
 
     /// Folders that are not the database's, wherever they lie.
@@ -513,6 +469,7 @@ impl Taking<'_> {
             files: assembled.files,
             parent,
             corrupt_pages: doubts.corrupt_count,
+            abandoned: None,
         };
         let root = Root {
             cluster: settings.cluster.clone(),
@@ -606,55 +563,8 @@ impl Taking<'_> {
     }
 }
 
-/// Starts the cutter and the readers. They end by themselves when the receiver is dropped.
-fn start_threads(
-    tree: &Tree,
-    reading: &Arc<Reading>,
-    parent: Option<Arc<Parent>>,
-    cache: Arc<CacheWriter>,
-    meter: Arc<Meter>,
-) -> Result<mpsc::Receiver<assemble::Message>> {
-    let (links, messages) = start_readers(reading, parent, cache, meter, cores(), JOBS_MAX)?;
-    let (cutter, tree) = (Cutter::new(links), tree.clone());
-    tokio::task::spawn_blocking(move || cutter.cut(&tree));
-    Ok(messages)
-}
-
-/// Starts `readers` threads; up to `jobs_max` jobs wait for them. They end by themselves when the links or the receiver
-/// are dropped.
-fn start_readers(
-    reading: &Arc<Reading>,
-    parent: Option<Arc<Parent>>,
-    cache: Arc<CacheWriter>,
-    meter: Arc<Meter>,
-    readers: usize,
-    jobs_max: usize,
-) -> Result<(Links, mpsc::Receiver<assemble::Message>)> {
-    let (send, messages) = mpsc::channel(MESSAGES_MAX);
-    let (give, jobs) = std::sync::mpsc::sync_channel(jobs_max);
-    let jobs = Arc::new(Mutex::new(jobs));
-    for _ in 0..readers {
-        let reader = Reader::new(reading.clone(), meter.clone(), cache.clone(), send.clone())?;
-        let jobs = jobs.clone();
-        tokio::task::spawn_blocking(move || reader.work(&jobs));
-    }
-    let page_bytes = reading.page_bytes;
-    Ok((Links { jobs: give, messages: send, parent, cache, meter, page_bytes }, messages))
-}
-
 fn cores() -> usize {
     std::thread::available_parallelism().map_or(1, usize::from)
-}
-
-/// Does `work`, and fails as soon as the backup session is lost.
-async fn watched<T>(session: &mut Session, work: impl Future<Output = Result<T>>) -> Result<T> {
-    let mut work = std::pin::pin!(work);
-    loop {
-        tokio::select! {
-            done = &mut work => return done,
-            () = tokio::time::sleep(SESSION_CHECKED_EVERY) => session.check().await?,
-        }
-    }
 }
 
 fn read_control(data_dir: &std::path::Path) -> Result<(ControlFile, u32, Vec<u8>)> {

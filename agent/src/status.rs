@@ -77,6 +77,21 @@ pub fn for_people(status: &serde_json::Value) -> String {
         format!("{} ({} bytes on disk)", text("/wal/spooled"), text("/wal/spool_bytes")),
     );
     line("acknowledged", text("/wal/acknowledged"));
+    if status.pointer("/wal/slot/held_bytes").is_some() {
+        let mut slot = format!(
+            "{}, holds {} bytes",
+            text("/wal/slot/wal_status"),
+            text("/wal/slot/held_bytes")
+        );
+        if text("/wal/slot/room_bytes") != "-" {
+            let _ = write!(slot, ", room for {}", text("/wal/slot/room_bytes"));
+        }
+        if text("/wal/slot/minutes_left") != "-" {
+            let _ =
+                write!(slot, ", {} minutes at the present rate", text("/wal/slot/minutes_left"));
+        }
+        line("slot", format!("{slot}; {}", text("/wal/slot/sync_state")));
+    }
     for location in
         status.pointer("/wal/locations").and_then(|l| l.as_array()).into_iter().flatten()
     {

@@ -9,7 +9,7 @@
 //! killed between the PUT of the span and their deletion. A name proves nothing: the span is read whole and opened first.
 
 use crate::context::AgentContext;
-use crate::prune;
+use crate::prune::{self, System};
 use backstay_common::id::{Branch, LocationName, ObjectId, SystemId};
 use backstay_common::location::Location;
 use backstay_common::lsn::{Lsn, LsnRange};
@@ -35,9 +35,19 @@ pub struct SyncReport {
 /// Lists all locations, and copies to each what another one has.
 pub async fn run(context: &AgentContext) -> Result<SyncReport> {
     let mut report = SyncReport::default();
-    let listings = futures::future::join_all(context.writers.iter().map(|writer| async {
-        let listed = list(writer.location(), &folder::system(context.system)).await;
-        (writer.location().clone(), listed)
+    synchronise(context, &context.systems.own(context).await, &mut report).await;
+    for system in context.systems.others(context).await? {
+        synchronise(context, &system, &mut report).await;
+    }
+    Ok(report)
+}
+
+/// One system, at the locations that take its backups.
+async fn synchronise(context: &AgentContext, system: &System, report: &mut SyncReport) {
+    let folder = &folder::system(system.id);
+    let listings = futures::future::join_all(system.stores.iter().map(|store| async {
+        let listed = list(store.writer.location(), folder).await;
+        (store.writer.location().clone(), listed)
     }))
     .await;
     let mut present: Vec<(Location, BTreeSet<ObjectName>)> = Vec::new();
@@ -51,23 +61,24 @@ pub async fn run(context: &AgentContext) -> Result<SyncReport> {
         present.iter().flat_map(|(_, names)| names).cloned().collect();
     if present.iter().any(|(_, names)| !missing(names, &all).concat().is_empty()) {
         // What one location has let go of does not come back from another that has it still.
-        let unneeded = prune::unneeded(context).await;
+        let unneeded = prune::unneeded(context, system).await;
         all.retain(|name| !unneeded.contains(name));
     }
     for (location, names) in &present {
         match copy_missing(location, names, &all, &present).await {
+            // Of an earlier system prune deletes them.
+            Ok(_) if system.id != context.system => {}
             Ok(0) => delete_superseded(context, location, names).await,
             Ok(count) => {
                 tracing::info!(location = %location.name(), count, "copied objects that it lacked");
-                report.copied.insert(location.name().clone(), count);
-                if let Ok(names) = list(location, &folder::system(context.system)).await {
+                *report.copied.entry(location.name().clone()).or_default() += count;
+                if let Ok(names) = list(location, folder).await {
                     delete_superseded(context, location, &names).await;
                 }
             }
             Err(error) => report.failed.push((location.name().clone(), error.message().into())),
         }
     }
-    Ok(report)
 }
 
 /// Deletes pieces for which a longer object is whole at the same location. An identity that may not delete leaves them
@@ -192,7 +203,10 @@ fn missing(has: &BTreeSet<ObjectName>, all: &BTreeSet<ObjectName>) -> Vec<Vec<Ob
             ObjectName::WalIndex { .. } => 3,
             ObjectName::Manifest { .. } => 4,
             // They speak of one location.
-            ObjectName::Cluster | ObjectName::Head { .. } | ObjectName::Condemned { .. } => {
+            ObjectName::Cluster
+            | ObjectName::Accepted { .. }
+            | ObjectName::Head { .. }
+            | ObjectName::Condemned { .. } => {
                 continue;
             }
         };

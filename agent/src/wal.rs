@@ -5,7 +5,7 @@
 //!      │                 session    connects, decides where to begin, follows timelines, stands by a standby
 //!      │                 gaps       what became of WAL that nobody has, told to every location
 //!      ▼
-//!   receive ◄─────────── status reports: what `frontier` says is proved
+//!   receive ◄─────────── status reports: what `frontier` says is proved        slot: is it in danger?
 //!      │ bounded queue
 //!      ▼
 //!   pipeline             continues? equal? decodes ─► cut: when a piece, when a span
@@ -22,9 +22,10 @@
 //!      └─► ship (virginia)  ─► location      fill: what only another location has
 //! ```
 //!
-//! What always holds: bytes leave the spool only when every required location has them and PostgreSQL has been told so;
-//! nothing is acknowledged but what the policy proves, and best-effort locations prove nothing; a dead location costs the
-//! others nothing but room in the spool, and a best-effort one no more than half of it. A
+//! What always holds: bytes leave the spool only when every required location has them and PostgreSQL has been told so, or
+//! by `release`, where the operator wants that, and on record; nothing is acknowledged but what the policy proves, and
+//! best-effort locations prove nothing; a dead location costs the others nothing but room in the spool, and a best-effort
+//! one no more than half of it. A
 //! crash at any instruction leaves the spool, whose folders say what they are, and whole objects; `board`, the only state in
 //! memory, is made from them anew.
 
@@ -37,11 +38,13 @@ mod gaps;
 mod line;
 mod pipeline;
 mod receive;
+mod release;
 mod seal;
 mod sealed;
 mod session;
 mod shelf;
 mod ship;
+mod slot;
 mod spool;
 
 use crate::context::AgentContext;
@@ -51,7 +54,7 @@ use backstay_common::location::Role;
 use backstay_common::lsn::Lsn;
 use backstay_common::segment::TimelineId;
 use backstay_common::{Context, Error, Kind, Result};
-use board::{Board, State};
+use board::{Board, LastGap, State};
 use frontier::Frontier;
 use gaps::Gaps;
 use line::Line;
@@ -59,6 +62,7 @@ use pipeline::Pipeline;
 use sealed::Sealed;
 use serde::Serialize;
 use shelf::Patience;
+pub use slot::SlotStatus;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -88,6 +92,10 @@ pub struct WalStatus {
     /// The server's clock in its last message.
     pub server_clock: Option<jiff::Timestamp>,
     pub spool_bytes: u64,
+    /// What the server says of our slot; none as long as it has not been asked.
+    pub slot: Option<SlotStatus>,
+    /// The start of the last gap that this agent met, if it is on `branch` and its WAL is lost.
+    pub gap_start: Option<Lsn>,
     /// Where the WAL goes on behind the last gap that this agent met. Only a snapshot from there on closes it.
     pub gap_end: Option<Lsn>,
     /// In the order of the config.
@@ -140,6 +148,7 @@ pub async fn run(
     path.spawn(keep_synced(path.clone()));
     path.spawn(tidy(path.clone()));
     path.spawn(gaps::tell(path.clone()));
+    path.spawn(slot::run(path.clone()));
     for location in 0..context.writers.len() {
         path.spawn(ship::run(path.clone(), location, path.halt.clone()));
     }
@@ -176,8 +185,8 @@ fn open(
     for item in path.sealed.load(&lines)? {
         path.board.update(|state| state.shelf.add(item));
     }
-    let last_gap = path.gaps.last()?.map(|gap| gap.end);
-    path.board.update(|state| state.server.gap_end = last_gap);
+    let last_gap = path.gaps.last()?.map(|gap| gap.in_short());
+    path.board.update(|state| state.server.gap = last_gap);
     let mut current = None;
     for line in &lines {
         // Only the last goes on; the others were ended, or would have been.
@@ -301,7 +310,8 @@ fn tidy_line(path: &WalPath, line: &Arc<Line>) -> Result<()> {
 fn forgettable(state: &State, line: &Line, patience: Patience) -> Lsn {
     let locations = state.shelf.waited_for(patience);
     let stored = locations.map(|l| state.shelf.frontier(l, line.number)).min();
-    let stored = stored.unwrap_or(Lsn::INVALID);
+    // Pieces may be everywhere while the span that supersedes them is yet to be sealed.
+    let stored = stored.unwrap_or(Lsn::INVALID).min(line.unsealed_from().unwrap_or(Lsn::MAX));
     match line.number == state.current {
         false => stored,
         true => {
@@ -384,6 +394,9 @@ fn watch_lag(context: &AgentContext, location: &LocationWal) {
 
 fn describe(context: &AgentContext, state: &State) -> WalStatus {
     let line = state.lines.get(&state.current);
+    let branch = line.and_then(|line| line.branch());
+    let is_in_the_way =
+        |gap: &LastGap| gap.is_lost && (gap.branch.is_none() || gap.branch == branch);
     let frontier = &state.frontier;
     let locations = context.writers.iter().enumerate().map(|(n, writer)| {
         let (queued_objects, oldest) = state.shelf.backlog(n);
@@ -402,14 +415,16 @@ fn describe(context: &AgentContext, state: &State) -> WalStatus {
         connected: state.server.connected,
         standing_by: state.server.standing_by,
         timeline: line.map(|line| line.timeline()),
-        branch: line.and_then(|line| line.branch()),
+        branch,
         received: frontier.received(),
         spooled: frontier.spooled(),
         acknowledged: frontier.acknowledged(),
         server_end: state.server.end,
         server_clock: state.server.clock.map(|clock| clock.timestamp()),
         spool_bytes: state.spool_bytes(),
-        gap_end: state.server.gap_end,
+        slot: state.server.slot.clone(),
+        gap_start: state.server.gap.filter(is_in_the_way).map(|gap| gap.range.start),
+        gap_end: state.server.gap.map(|gap| gap.range.end),
         locations: locations.collect(),
         last_error: state.server.last_error.clone(),
     }

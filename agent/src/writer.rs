@@ -6,7 +6,7 @@
 //! have been unmounted.
 
 use crate::epochs::Epochs;
-use backstay_common::cluster::ClusterRecord;
+use backstay_common::cluster::{ClusterRecord, accepts};
 use backstay_common::id::{ClusterName, EpochId, SystemId};
 use backstay_common::keys::WRAP_BYTES_MAX;
 use backstay_common::location::{Location, Put};
@@ -31,7 +31,7 @@ pub struct Writer {
 }
 
 impl Writer {
-    /// `expected` is the cluster and system that the location must have been made for.
+    /// `expected` is the cluster and system whose backups the location must take.
     pub fn new(
         location: Location,
         epochs: Arc<Epochs>,
@@ -90,9 +90,10 @@ impl Writer {
 
     async fn know(&self) -> Result<()> {
         let record = ClusterRecord::read(&self.location.require_cluster().await?)?;
-        if (&record.cluster, record.system) != (&self.expected.0, self.expected.1) {
+        let (cluster, system) = (&self.expected.0, self.expected.1);
+        if record.cluster != *cluster || !accepts(&self.location, &record, system).await? {
             let reason = format!(
-                "location {} holds cluster {:?}, system {}",
+                "location {} holds cluster {:?}, system {}, and not {system}",
                 self.location.name(),
                 record.cluster.as_str(),
                 record.system

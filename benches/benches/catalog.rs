@@ -65,7 +65,8 @@ async fn month(spans: u64) -> Month {
     let (epoch, wrap) = keyring.new_epoch(SYSTEM).await.expect("a key");
     let locations = vec![Location::open(&settings).expect("a location")];
     let (keyring, unreachable) = (Arc::new(keyring), Vec::new());
-    let access = Access { cluster, system: SYSTEM, locations, keyring, unreachable };
+    let access =
+        Access { cluster, system: SYSTEM, systems: vec![SYSTEM], locations, keyring, unreachable };
     let month = Month { bucket, epoch, access };
     month.seal(&wrap);
 
@@ -180,6 +181,7 @@ fn manifest(month: &Month, spans: u64) -> Manifest {
         files: 0,
         parent: None,
         corrupt_pages: 0,
+        abandoned: None,
     };
     let root = Root {
         cluster: month.access.cluster.clone(),

@@ -44,6 +44,16 @@ pub struct DurabilitySettings {
     pub acknowledge: Acknowledge,
     /// The greatest age of WAL that has been sent to no location.
     pub flush_interval: Duration,
+    pub on_spool_full: OnSpoolFull,
+}
+
+/// What gives when the spool has no room for more WAL, because locations are away.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OnSpoolFull {
+    /// Receiving stops, and the slot holds WAL at the server: its disk may fill.
+    Hold,
+    /// The oldest WAL is given up, and what no location has of it is recorded as a gap.
+    Release,
 }
 
 /// What must hold before PostgreSQL is told that WAL is safe.
@@ -93,8 +103,21 @@ pub struct SnapshotSettings {
     pub fast_checkpoint: bool,
     /// zstd level, 1 to 19.
     pub compression_level: i32,
-    /// The most that a base backup over the network may take, in bytes a second. None: as fast as it goes.
+    /// The most that is read of the database, from its files or over the network, in bytes a second. None: as fast as it goes.
     pub max_rate: Option<u64>,
+    /// Of the threads that read files, in snapshots for which nobody waits.
+    pub priority: Priority,
+}
+
+/// How a thread stands beside the rest of the host.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Priority {
+    /// As the agent was started.
+    Normal,
+    /// Behind all others, and never starved.
+    Low,
+    /// Only when nobody else wants the disk.
+    Idle,
 }
 
 #[derive(Clone, Debug)]
@@ -318,7 +341,16 @@ fn durability(mut t: Reader<'_>, locations: &[LocationSettings]) -> DurabilitySe
     if !(Duration::from_millis(100)..=Duration::from_secs(3600)).contains(&flush_interval) {
         t.fault("flush-interval", "out of range", "choose from \"100ms\" to \"1h\"");
     }
-    DurabilitySettings { acknowledge, flush_interval }
+    let words = [("hold", OnSpoolFull::Hold), ("release", OnSpoolFull::Release)];
+    let on_spool_full = t.word("on-spool-full", &words).unwrap_or(OnSpoolFull::Hold);
+    if on_spool_full == OnSpoolFull::Release && acknowledge != Acknowledge::Spool {
+        t.fault(
+            "on-spool-full",
+            "\"release\" would acknowledge WAL that no location has",
+            "write \"hold\", or acknowledge = \"spool\"",
+        );
+    }
+    DurabilitySettings { acknowledge, flush_interval, on_spool_full }
 }
 
 fn spool(mut t: Reader<'_>) -> SpoolSettings {
@@ -363,7 +395,9 @@ fn snapshot(mut t: Reader<'_>) -> SnapshotSettings {
     if max_rate.is_some_and(|rate| !RATES.contains(&rate)) {
         t.fault("max-rate", "out of range", "choose from \"32KiB\" to \"1GiB\", for each second");
     }
-    SnapshotSettings { schedule, time_zone, fast_checkpoint, compression_level, max_rate }
+    let words = [("normal", Priority::Normal), ("low", Priority::Low), ("idle", Priority::Idle)];
+    let priority = t.word("priority", &words).unwrap_or(Priority::Low);
+    SnapshotSettings { schedule, time_zone, fast_checkpoint, compression_level, max_rate, priority }
 }
 
 fn retention(mut t: Reader<'_>) -> RetentionSettings {

@@ -47,6 +47,8 @@ pub enum Cause {
     Broken,
     /// The server went back to an older state, and on with other bytes.
     Diverged,
+    /// The agent's spool was full, and gave it up before any location had it.
+    Released,
 }
 
 impl Cause {
@@ -55,6 +57,7 @@ impl Cause {
             Cause::Removed => "removed",
             Cause::Broken => "broken",
             Cause::Diverged => "diverged",
+            Cause::Released => "released",
         }
     }
 }

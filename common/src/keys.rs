@@ -160,6 +160,23 @@ impl Keyring {
         Ok((self.keep(epoch), object))
     }
 
+    /// The epoch `id`, from memory or else from the first of `locations` whose wraps can be opened. The error is of the last.
+    pub async fn epoch_anywhere(
+        &self,
+        system: SystemId,
+        id: EpochId,
+        locations: &[Location],
+    ) -> Result<Arc<Epoch>> {
+        let mut last = Error::new(Kind::Storage, "no location can be read");
+        for location in locations {
+            match self.epoch(system, id, location).await {
+                Ok(epoch) => return Ok(epoch),
+                Err(error) => last = error,
+            }
+        }
+        Err(last)
+    }
+
     /// The epoch `id`, from memory or else from the wraps that `location` holds.
     pub async fn epoch(
         &self,

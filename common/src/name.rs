@@ -12,6 +12,8 @@ use std::str::FromStr;
 pub enum ObjectName {
     /// What `init` makes; a location without it is unavailable.
     Cluster,
+    /// The location also takes the backups of another system of the same cluster: that of after pg_upgrade.
+    Accepted { system: SystemId },
     /// An epoch key as one provider holds it.
     Wrap { system: SystemId, epoch: EpochId, wrap: ObjectId },
     /// What a branch grew from.
@@ -41,6 +43,9 @@ pub enum ObjectName {
 /// Folders of a location, for listings. Each ends in `/`.
 pub mod folder {
     use super::*;
+
+    /// The systems that have been accepted besides the one that the location was made for.
+    pub const ACCEPTED: &str = "accepted/";
 
     /// All of one system.
     pub fn system(system: SystemId) -> String {
@@ -112,7 +117,8 @@ impl ObjectName {
     pub fn system(&self) -> Option<SystemId> {
         match self {
             ObjectName::Cluster => None,
-            ObjectName::Wrap { system, .. }
+            ObjectName::Accepted { system }
+            | ObjectName::Wrap { system, .. }
             | ObjectName::Origin { system, .. }
             | ObjectName::Wal { system, .. }
             | ObjectName::WalIndex { system, .. }
@@ -147,6 +153,7 @@ impl fmt::Display for ObjectName {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             ObjectName::Cluster => f.write_str("cluster"),
+            ObjectName::Accepted { system } => write!(f, "accepted/{system}"),
             ObjectName::Wrap { system, epoch, wrap } => write!(f, "{system}/keys/{epoch}/{wrap}"),
             ObjectName::Origin { system, branch } => write!(f, "{system}/wal/{branch}/origin"),
             ObjectName::Wal { system, branch, range, id } => write!(
@@ -200,6 +207,9 @@ impl FromStr for ObjectName {
 fn parse(text: &str) -> Option<ObjectName> {
     if text == "cluster" {
         return Some(ObjectName::Cluster);
+    }
+    if let Some(system) = text.strip_prefix(folder::ACCEPTED) {
+        return Some(ObjectName::Accepted { system: system.parse().ok()? });
     }
     let parts: Vec<&str> = text.split('/').collect();
     let system = parts[0].parse().ok()?;
@@ -257,7 +267,7 @@ mod tests {
 
     prop_compose! {
         fn any_name()(
-            which in 0..13, system: u64, bytes: [u8; 16], timeline in 1u32..,
+            which in 0..14, system: u64, bytes: [u8; 16], timeline in 1u32..,
             start in 0..u64::MAX, length in 1..u64::MAX, second in 0i64..4_000_000_000,
             agent in "[a-z][a-zA-Z0-9_.-]{0,20}", seq: u64,
         ) -> ObjectName {
@@ -281,6 +291,7 @@ mod tests {
                 8 => ObjectName::Condemned { system, run: id },
                 9 => ObjectName::Lease { system, generation: seq },
                 10 => ObjectName::Gap { system, branch, range, id },
+                12 => ObjectName::Accepted { system },
                 _ => ObjectName::Manifest { system, snapshot },
             }
         }
@@ -323,6 +334,8 @@ mod tests {
         for bad in [
             "",
             "cluster/",
+            "accepted/07",
+            "accepted/7/x",
             "7/pack/../x",
             "7/pack/ABCDEF0123456789",
             "07/pack/0000000000000000",

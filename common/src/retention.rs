@@ -16,11 +16,14 @@
 //! - **Pins** keep their snapshot until they end, and the WAL that they ask for.
 //! - **Damage.** The last whole snapshot before one with damaged pages stays until the damage is acknowledged.
 //! - **Running.** A snapshot that has been begun, less than [`Rules::running_max`] ago, keeps its parent and all packs that
-//!   are not older than it.
+//!   are not older than it, unless a later one's manifest says that it was abandoned. Until then one that was interrupted counts as
+//!   running, so that the next one can take over what it stored.
+//! - **A system that another one has succeeded** (`pg_upgrade`) has no newest snapshot to keep: it goes when its last commit has
+//!   left the window, and its longer-lived snapshots when their weeks and months have.
 //! - Packs stay while a snapshot that stays names them, origins while anything of their branch is needed. WAL that a longer
 //!   object covers may go. Keys stay.
-//! - **Leases** stay while a snapshot of an older generation is listed, and the newest always; gaps while WAL on either side of
-//!   them stays; indexes while WAL of their block does. A snapshot that its agent began when it no longer held the lease is not usable.
+//! - **Leases** stay while a snapshot of an older generation is listed, and the newest always, unless nothing is left of a system
+//!   that was succeeded; gaps while WAL on either side of them stays; indexes while WAL of their block does. A snapshot that its agent began when it no longer held the lease is not usable.
 //!
 //! What always holds: `stays` and `goes` part what is listed; whatever the rules do not speak of stays; more knowledge never
 //! is needed to keep a thing. Times are those at which the stores took the objects, never earlier than what happened: so a commit is
@@ -57,6 +60,8 @@ pub struct Rules {
     pub monthly: usize,
     /// How long a snapshot that has been begun counts as running.
     pub running_max: Duration,
+    /// The cluster has another system now, and a snapshot of it that can be restored.
+    pub is_succeeded: bool,
 }
 
 impl Rules {
@@ -64,7 +69,15 @@ impl Rules {
     pub fn window(window: Duration) -> Rules {
         let running_max = Duration::from_secs(7 * 86_400);
         let margin = window.min(MARGIN_MAX);
-        Rules { window, margin, keep_last: 1, weekly: 0, monthly: 0, running_max }
+        Rules {
+            window,
+            margin,
+            keep_last: 1,
+            weekly: 0,
+            monthly: 0,
+            running_max,
+            is_succeeded: false,
+        }
     }
 }
 

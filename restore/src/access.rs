@@ -2,12 +2,12 @@
 //!
 //! Made from the config, or on a bare host from nothing but URLs and a key file. A location that is down or has no
 //! `cluster` object is set aside with the reason, and the others go on; two locations of different clusters are
-//! refused, for their WAL must never mix.
+//! refused, for their WAL must never mix. A cluster may have had several systems: what is read is read of one of them.
 
 mod read;
 
 use backstay_common::catalog::{LOCATIONS_MAX, none_reachable};
-use backstay_common::cluster::ClusterRecord;
+use backstay_common::cluster::Identity;
 use backstay_common::config::Settings;
 use backstay_common::id::{ClusterName, LocationName, SystemId};
 use backstay_common::keys::{KeyProvider, Keyring, file::FileProvider};
@@ -24,7 +24,10 @@ const ANSWER_TIME_MAX: Duration = Duration::from_secs(30);
 #[derive(Clone, Debug)]
 pub struct Access {
     pub cluster: ClusterName,
+    /// The one that is meant: the newest, until told otherwise.
     pub system: SystemId,
+    /// All that the cluster has had, newest first.
+    pub systems: Vec<SystemId>,
     /// Those that answered, in the order in which they were given.
     pub locations: Vec<Location>,
     pub keyring: Arc<Keyring>,
@@ -87,8 +90,8 @@ impl Access {
         }
         let locations: Vec<Location> =
             settings.iter().map(Location::open).collect::<Result<_>>()?;
-        let records = futures::future::join_all(locations.iter().map(record)).await;
-        let mut answered: Vec<(Location, ClusterRecord)> = Vec::new();
+        let records = futures::future::join_all(locations.iter().map(identity)).await;
+        let mut answered: Vec<(Location, Identity)> = Vec::new();
         let mut unreachable = Vec::new();
         for (location, record) in locations.into_iter().zip(records) {
             match record {
@@ -100,14 +103,26 @@ impl Access {
         let Some((_, first)) = answered.first().cloned() else {
             return Err(none_reachable(&unreachable));
         };
-        refuse_strangers(&answered)?;
+        let identity = together(first, &answered)?;
         Ok(Access {
-            keyring: Arc::new(Keyring::new(provider, first.cluster.clone())),
-            cluster: first.cluster,
-            system: first.system,
+            keyring: Arc::new(Keyring::new(provider, identity.cluster.clone())),
+            system: identity.newest(),
+            systems: identity.systems.iter().rev().map(|(system, _)| *system).collect(),
+            cluster: identity.cluster,
             locations: answered.into_iter().map(|(location, _)| location).collect(),
             unreachable,
         })
+    }
+
+    /// The same for one of the cluster's systems. Refuses one that it never had.
+    pub fn of(&self, system: SystemId) -> Result<Access> {
+        if !self.systems.contains(&system) {
+            let all: Vec<String> = self.systems.iter().map(ToString::to_string).collect();
+            let reason = format!("cluster {} never had the system {system}", self.cluster);
+            return Err(Error::new(Kind::Config, reason)
+                .remedy(format!("give one of {} with --system", all.join(", "))));
+        }
+        Ok(Access { system, ..self.clone() })
     }
 
     /// The names of the locations that answered.
@@ -116,24 +131,42 @@ impl Access {
     }
 }
 
-async fn record(location: &Location) -> Result<ClusterRecord> {
-    let answer = tokio::time::timeout(ANSWER_TIME_MAX, location.require_cluster()).await;
-    let bytes = answer.map_err(|_| {
-        let (name, seconds) = (location.name(), ANSWER_TIME_MAX.as_secs());
+async fn identity(location: &Location) -> Result<Identity> {
+    let answer = tokio::time::timeout(ANSWER_TIME_MAX, Identity::read(location)).await;
+    let name = location.name();
+    let answer = answer.map_err(|_| {
+        let seconds = ANSWER_TIME_MAX.as_secs();
         Error::new(Kind::Storage, format!("location {name}: no answer in {seconds} s"))
-    })??;
-    ClusterRecord::read(&bytes)
-        .map_err(|error| error.context(format!("location {}", location.name())))
+    })?;
+    // A location that is not there says so by itself.
+    answer.map_err(|error| match error.message().contains(&format!("location {name}")) {
+        true => error,
+        false => error.context(format!("location {name}")),
+    })
 }
 
-fn refuse_strangers(answered: &[(Location, ClusterRecord)]) -> Result<()> {
-    let Some(((first, ours), rest)) = answered.split_first() else { return Ok(()) };
-    let say = |record: &ClusterRecord| format!("{} (system {})", record.cluster, record.system);
-    let same =
-        |record: &ClusterRecord| (&record.cluster, record.system) == (&ours.cluster, ours.system);
-    match rest.iter().find(|(_, record)| !same(record)) {
-        None => Ok(()),
-        Some((other, theirs)) => Err(Error::new(
+/// What all of them say together. They are of one cluster if they have its name, and each a system that another one has.
+fn together(first: Identity, answered: &[(Location, Identity)]) -> Result<Identity> {
+    let mut all = first;
+    let mut rest: Vec<&(Location, Identity)> = answered.iter().skip(1).collect();
+    loop {
+        let is_ours = |identity: &Identity| {
+            let knows = |(system, _): &(SystemId, i64)| all.has(*system);
+            identity.cluster == all.cluster && identity.systems.iter().any(knows)
+        };
+        let next = rest.iter().position(|(_, identity)| is_ours(identity));
+        let Some(next) = next else { break };
+        let (_, found) = rest.swap_remove(next);
+        for &(system, made) in &found.systems {
+            all.add_system(system, made);
+        }
+    }
+    let say = |identity: &Identity| {
+        let systems: Vec<String> = identity.systems.iter().map(|(s, _)| s.to_string()).collect();
+        format!("{} (system {})", identity.cluster, systems.join(", "))
+    };
+    match (rest.first(), answered.first()) {
+        (Some((other, theirs)), Some((first, ours))) => Err(Error::new(
             Kind::Config,
             format!(
                 "the locations are of different clusters: {} holds {}, {} holds {}",
@@ -144,6 +177,7 @@ fn refuse_strangers(answered: &[(Location, ClusterRecord)]) -> Result<()> {
             ),
         )
         .remedy("give only locations of the cluster that you want to restore")),
+        _ => Ok(all),
     }
 }
 

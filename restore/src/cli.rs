@@ -8,6 +8,7 @@ use crate::restore::Request;
 use crate::target::Target;
 use crate::wal_spool::SavedAccess;
 use backstay_common::config::Settings;
+use backstay_common::id::SystemId;
 use backstay_common::{Context, Error, Kind, Result};
 use clap::{Args, Parser, Subcommand};
 use jiff::Timestamp;
@@ -49,6 +50,9 @@ pub struct Global {
     /// PEM certificates to trust besides the system's, for --from
     #[arg(long, global = true, value_name = "FILE")]
     pub ca_file: Option<PathBuf>,
+    /// The system identifier, where the cluster has had several: of before or after pg_upgrade [default: as the target wants it]
+    #[arg(long, global = true, value_name = "SYSTEM")]
+    pub system: Option<SystemId>,
     /// Print JSON
     #[arg(long, global = true)]
     pub json: bool,

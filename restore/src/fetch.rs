@@ -1,14 +1,15 @@
 //! Frames out of packs, from whichever location has them whole.
 //!
 //! Frames that lie near each other are read with one request. A location that fails, or whose bytes do not pass
-//! their authentication tag, is passed over for the next one, object by object; only when none is left does a read
-//! fail, and then it names the object and what each location said.
+//! their authentication tag, is passed over for the next one, object by object; only when none is left, after some rounds, does a
+//! read fail, and then it names the object and what each location said.
 
 mod hashes;
 
 pub use hashes::{FrameHashes, FrameKey};
 
-use backstay_common::id::{EpochId, ObjectId, SnapshotId, SystemId};
+use crate::rounds::Rounds;
+use backstay_common::id::{ObjectId, SnapshotId, SystemId};
 use backstay_common::keys::{Epoch, Keyring};
 use backstay_common::location::Location;
 use backstay_common::name::ObjectName;
@@ -130,7 +131,7 @@ impl Packs {
     ) -> Result<Packs> {
         let mut epochs = Vec::with_capacity(plain.epochs.len());
         for &id in &plain.epochs {
-            epochs.push(find_epoch(locations, keyring, plain, id).await?);
+            epochs.push(keyring.epoch_anywhere(plain.system, id, locations).await?);
         }
         Packs::with_epochs(locations, &epochs, plain)
     }
@@ -176,29 +177,34 @@ impl Packs {
         let Pack { name, opener, .. } = self.pack(chunk.pack)?;
         let chunk = Arc::new(chunk);
         let mut done = 0;
-        let mut refusals = Vec::new();
-        for source in self.by_health() {
-            let bytes = match source.location.get_range(name, chunk.range()).await {
-                Ok(bytes) => bytes,
-                Err(refusal) => {
-                    source.refuse(name, refusal, &mut refusals);
-                    continue;
+        let mut rounds = Rounds::default();
+        loop {
+            let mut refusals = Vec::new();
+            for source in self.by_health() {
+                let bytes = match source.location.get_range(name, chunk.range()).await {
+                    Ok(bytes) => bytes,
+                    Err(refusal) => {
+                        source.refuse(name, refusal, &mut refusals);
+                        continue;
+                    }
+                };
+                source.bytes.fetch_add(bytes.len() as u64, Ordering::Relaxed);
+                let (chunk, opener, work) = (chunk.clone(), opener.clone(), work.clone());
+                match pool::run_on_disk(move || open_frames(&chunk, done, &bytes, &opener, &*work))
+                    .await?
+                {
+                    Opened::All => return Ok(()),
+                    Opened::Damaged { at, error } => {
+                        done = at;
+                        source.refuse(name, error, &mut refusals);
+                    }
+                    Opened::WorkFailed(error) => return Err(error),
                 }
-            };
-            source.bytes.fetch_add(bytes.len() as u64, Ordering::Relaxed);
-            let (chunk, opener, work) = (chunk.clone(), opener.clone(), work.clone());
-            match pool::run_on_disk(move || open_frames(&chunk, done, &bytes, &opener, &*work))
-                .await?
-            {
-                Opened::All => return Ok(()),
-                Opened::Damaged { at, error } => {
-                    done = at;
-                    source.refuse(name, error, &mut refusals);
-                }
-                Opened::WorkFailed(error) => return Err(error),
+            }
+            if !rounds.again(refusals.iter().map(|(_, refusal)| refusal)).await {
+                return Err(nowhere(name, refusals));
             }
         }
-        Err(nowhere(name, refusals))
     }
 
     fn pack(&self, id: ObjectId) -> Result<&Pack> {
@@ -290,22 +296,6 @@ async fn manifest_at(
     let (header, _) = read_plain(&bytes, name)?;
     let epoch = keyring.epoch(system, header.epoch(), location).await?;
     Manifest::open(bytes, name, &epoch)
-}
-
-async fn find_epoch(
-    locations: &[Location],
-    keyring: &Keyring,
-    plain: &ManifestPlain,
-    id: EpochId,
-) -> Result<Arc<Epoch>> {
-    let mut last = Error::new(Kind::Storage, "no location can be read");
-    for location in locations {
-        match keyring.epoch(plain.system, id, location).await {
-            Ok(epoch) => return Ok(epoch),
-            Err(error) => last = error,
-        }
-    }
-    Err(last)
 }
 
 /// A part of what [`Packs::read_all`] reads.

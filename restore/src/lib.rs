@@ -42,6 +42,7 @@ pub mod replay;
 pub mod report;
 pub mod resolve;
 pub mod restore;
+mod rounds;
 pub mod server;
 pub mod settings_files;
 pub mod target;

@@ -31,6 +31,8 @@ pub struct Listing {
     pub branches: Vec<ListedBranch>,
     pub unreachable: Vec<(LocationName, String)>,
     pub notes: Vec<String>,
+    /// The systems that the cluster had before, newest first, as far as anything is left of them.
+    pub earlier: Vec<Listing>,
 }
 
 /// One snapshot.
@@ -122,7 +124,20 @@ pub async fn list(access: &Access) -> Result<Listing> {
         branches,
         unreachable: [&access.unreachable[..], &catalog.unreachable[..]].concat(),
         notes,
+        earlier: Vec::new(),
     })
+}
+
+/// The same with all systems that the cluster has had.
+pub async fn list_all(access: &Access) -> Result<Listing> {
+    let mut listing = list(access).await?;
+    for &system in access.systems.iter().filter(|system| **system != access.system) {
+        let earlier = list(&access.of(system)?).await?;
+        if !earlier.snapshots.is_empty() || !earlier.branches.is_empty() {
+            listing.earlier.push(earlier);
+        }
+    }
+    Ok(listing)
 }
 
 /// The pins that hold now. One that cannot be read is noted.
@@ -263,6 +278,9 @@ impl fmt::Display for Listing {
         }
         for note in &self.notes {
             write!(f, "\nnote: {note}")?;
+        }
+        for earlier in &self.earlier {
+            write!(f, "\nEarlier: {earlier}")?;
         }
         Ok(())
     }

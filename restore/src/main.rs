@@ -60,13 +60,17 @@ async fn asked_to_stop() {
 }
 
 async fn show_list(global: &Global) -> Result<()> {
-    let listing = list::list(&global.access().await?).await?;
+    let access = global.access().await?;
+    let listing = match global.system {
+        Some(system) => list::list(&access.of(system)?).await?,
+        None => list::list_all(&access).await?,
+    };
     print(global, &listing, &listing)
 }
 
 async fn show_plan(global: &Global, args: &PlanArgs) -> Result<()> {
     let access = global.access().await?;
-    let plan = plan::make(&access, &args.request()?).await?;
+    let (_, _, plan) = plan::choose(&access, global.system, &args.request()?).await?;
     print(global, &plan, &plan)
 }
 
@@ -74,8 +78,7 @@ async fn run_restore(global: &Global, args: &RestoreArgs) -> Result<()> {
     let begun = Instant::now();
     let (asked, request) = (args.plan.request()?, args.request(global)?);
     let access = global.access().await?;
-    let catalog = Arc::new(Catalog::load(&access.locations, access.system).await?);
-    let plan = plan::make_with(&access, catalog.clone(), &asked).await?;
+    let (access, catalog, plan) = plan::choose(&access, global.system, &asked).await?;
     if !global.json {
         println!("{plan}\n");
     }
@@ -139,7 +142,7 @@ fn fetch_alone(
     segment: wal_spool::Segment,
 ) -> Result<()> {
     runtime()?.block_on(async {
-        let access = frozen.access.open().await?;
+        let access = frozen.access.open().await?.of(frozen.plan.system)?;
         let catalog = Arc::new(Catalog::load(&access.locations, access.system).await?);
         let source = restore::wal_source(&access, catalog, &frozen.plan)?;
         spool.fetch(&frozen.plan, size, segment, &*restore::reader(&source)).await

@@ -7,7 +7,7 @@
 mod make;
 mod print;
 
-pub use make::{PlanRequest, make, make_with};
+pub use make::{PlanRequest, choose, make, make_with};
 pub use print::bytes;
 
 use backstay_common::id::{Branch, ClusterName, LocationName, SnapshotId, SystemId};

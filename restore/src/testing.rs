@@ -70,7 +70,8 @@ impl Repo {
             locations.push(location);
         }
         let (keyring, unreachable) = (Arc::new(keyring), Vec::new());
-        let access = Access { cluster, system: SYSTEM, locations, keyring, unreachable };
+        let systems = vec![SYSTEM];
+        let access = Access { cluster, system: SYSTEM, systems, locations, keyring, unreachable };
         Repo { folder, access, epoch }
     }
 
@@ -152,6 +153,7 @@ impl Repo {
             files: 0,
             parent: None,
             corrupt_pages: 0,
+            abandoned: None,
         };
         let root = Root {
             cluster: self.access.cluster.clone(),
@@ -257,6 +259,15 @@ impl Writer {
         let meta = SpanMeta { summary, clock, major: MAJOR, segment_bytes: 1 << 20 };
         let mut packer = Packer::new(1).unwrap();
         seal_wal(&repo.epoch, SYSTEM, self.branch, range, &bytes, &meta, &mut packer).unwrap()
+    }
+
+    /// A range that has been stored before as one object, with a footer that says nothing.
+    pub fn sealed(&self, repo: &Repo, range: LsnRange) -> Sealed {
+        let summary = Summary::default();
+        let meta = SpanMeta { summary, clock: None, major: MAJOR, segment_bytes: 1 << 20 };
+        let mut packer = Packer::new(1).unwrap();
+        let bytes = self.bytes(range);
+        seal_wal(&repo.epoch, SYSTEM, self.branch, range, bytes, &meta, &mut packer).unwrap()
     }
 
     /// A snapshot that begins here and ends behind two records.

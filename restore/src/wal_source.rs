@@ -2,8 +2,10 @@
 //!
 //! Every byte given out has passed its authentication tag, or lies in the `pg_wal` of the damaged server
 //! (`--wal-from`) inside the range whose records were checked when the plan was made. Several objects may cover one
-//! range; one that cannot be read anywhere is passed over if others cover its place.
+//! range; one that cannot be read anywhere is passed over if others cover its place, also others that were stored
+//! meanwhile.
 
+mod later;
 pub mod local;
 
 use crate::access::Access;
@@ -13,6 +15,7 @@ use backstay_common::lsn::{Lsn, LsnRange, SPAN_BYTES};
 use backstay_common::name::ObjectName;
 use backstay_common::span::WalObject;
 use backstay_common::{Error, Kind, Result, pool};
+use later::{LISTINGS_MAX, Later};
 use local::LocalWal;
 use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex};
@@ -26,6 +29,7 @@ const OBJECTS_KEPT: usize = 6;
 pub struct WalSource {
     access: Access,
     catalog: Arc<Catalog>,
+    later: Later,
     local: Option<LocalWal>,
     kept: Mutex<VecDeque<(ObjectId, Kept)>>,
     /// Objects that no location has whole, with the reason.
@@ -37,7 +41,7 @@ type Kept = Arc<OnceCell<Arc<WalObject>>>;
 impl WalSource {
     pub fn new(access: Access, catalog: Arc<Catalog>, local: Option<LocalWal>) -> WalSource {
         let (kept, spoilt) = (Mutex::default(), Mutex::default());
-        WalSource { access, catalog, local, kept, spoilt }
+        WalSource { access, catalog, later: Later::default(), local, kept, spoilt }
     }
 
     pub fn catalog(&self) -> &Arc<Catalog> {
@@ -52,12 +56,15 @@ impl WalSource {
     /// [`Kind::Missing`], and the error names its place; an object that is damaged everywhere is named. Safe to drop.
     pub async fn read(&self, branch: Branch, range: LsnRange) -> Result<Vec<u8>> {
         let mut wal = Vec::with_capacity(range.len() as usize);
-        let mut at = range.start;
+        let (mut at, mut listings) = (range.start, 0);
         while at < range.end {
-            let entry = self.next(branch, LsnRange::new(at, range.end));
-            let Some(entry) = entry else {
-                let rest = self.read_local(branch, LsnRange::new(at, range.end)).await?;
-                wal.extend_from_slice(&rest);
+            let rest = LsnRange::new(at, range.end);
+            let Some(entry) = self.next(branch, rest) else {
+                listings += 1;
+                if listings <= LISTINGS_MAX && self.find_later(branch, rest).await {
+                    continue;
+                }
+                wal.extend_from_slice(&self.read_local(branch, rest).await?);
                 return Ok(wal);
             };
             let part = LsnRange::new(at, entry.range.end.min(range.end));
@@ -83,12 +90,18 @@ impl WalSource {
         cover::covering(&entries, wanted).first().copied()
     }
 
-    /// The stored objects of a branch, but those that are known to be good nowhere.
+    /// The stored objects of a branch, sorted by range, but those that are known to be good nowhere.
     pub fn usable(&self, branch: Branch) -> Vec<WalEntry> {
         let spoilt = self.spoilt();
         let entries = self.catalog.branches.get(&branch).map(|entry| &entry.wal[..]);
-        let good = |entry: &&WalEntry| !spoilt.contains_key(&entry.id);
-        entries.unwrap_or_default().iter().filter(good).copied().collect()
+        let mut entries = entries.unwrap_or_default().to_vec();
+        let later = self.later.of(branch);
+        if !later.is_empty() {
+            entries.extend(later);
+            entries.sort_by_key(|entry| (entry.range, entry.id));
+        }
+        entries.retain(|entry| !spoilt.contains_key(&entry.id));
+        entries
     }
 
     /// Why no location has the object that holds `lsn`, if that is known.
@@ -98,13 +111,38 @@ impl WalSource {
         entries.iter().filter(|e| e.range.contains(lsn)).find_map(|e| spoilt.get(&e.id).cloned())
     }
 
+    /// Looks for what was stored in place of an object that has gone since it was listed. True if something holds the start of
+    /// `wanted` now.
+    async fn find_later(&self, branch: Branch, wanted: LsnRange) -> bool {
+        let is_gone = || {
+            let why = self.why_spoilt(branch, wanted.start);
+            why.is_some_and(|(kind, _)| kind == Kind::Missing)
+        };
+        if !is_gone() {
+            return false;
+        }
+        let _turn = self.later.turn().await;
+        if self.next(branch, wanted).is_none() {
+            self.later.list(&self.access, branch, wanted).await;
+        }
+        self.next(branch, wanted).is_some()
+    }
+
     /// Records that no location has this object whole. True if other objects cover all of its place.
-    pub(crate) fn pass_over(&self, branch: Branch, entry: &WalEntry, error: &Error) -> bool {
+    pub(crate) async fn pass_over(&self, branch: Branch, entry: &WalEntry, error: &Error) -> bool {
         self.spoilt().insert(entry.id, (error.kind(), error.message().to_string()));
-        let entries = self.usable(branch);
-        cover::covering(&entries, entry.range)
-            .last()
-            .is_some_and(|last| last.range.end >= entry.range.end)
+        for _ in 0..LISTINGS_MAX {
+            let entries = self.usable(branch);
+            let covering = cover::covering(&entries, entry.range);
+            let at = covering.last().map_or(entry.range.start, |last| last.range.end);
+            if at >= entry.range.end {
+                return true;
+            }
+            if !self.find_later(branch, LsnRange::new(at, entry.range.end)).await {
+                return false;
+            }
+        }
+        false
     }
 
     fn spoilt(&self) -> std::sync::MutexGuard<'_, HashMap<ObjectId, (Kind, String)>> {

@@ -16,7 +16,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 /// What a role needs that never sees the data directory.
-const ROLE: &str = "CREATE ROLE backup LOGIN REPLICATION; GRANT pg_read_all_settings TO backup";
+pub const ROLE: &str = "CREATE ROLE backup LOGIN REPLICATION; GRANT pg_read_all_settings TO backup";
 
 /// What a snapshot must bring back, and what it must not.
 const TABLES: &str = "
@@ -26,7 +26,7 @@ const TABLES: &str = "
     INSERT INTO fleeting SELECT generate_series(1, 5000);";
 
 /// Backs this server up over the network, as a role with no more rights than that takes.
-fn over_the_network(scene: &Scene, cluster: &Cluster) -> Result<Configuration> {
+pub fn over_the_network(scene: &Scene, cluster: &Cluster) -> Result<Configuration> {
     let conninfo = format!(
         "host={} port={} user=backup dbname=postgres",
         cluster.socket_dir().display(),

@@ -11,7 +11,7 @@ use backstay_tests::scene::Scene;
 use serde_json::Value;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// What does not change until the accident: most of the database.
 const BEFORE: &str = "
@@ -91,7 +91,10 @@ impl<'s> Accident<'s> {
     async fn judge(&mut self) -> Result<()> {
         self.site.cluster.start().await?;
         self.site.cluster.wait_until_writable(PATIENCE).await?;
-        let restored = &self.site.cluster;
+        self.judge_running(&self.site.cluster).await
+    }
+
+    async fn judge_running(&self, restored: &Cluster) -> Result<()> {
         self.site.judge(restored, &Target::Time(self.moment.micros)).await?;
         for (query, expected) in [
             ("SELECT count(*) FROM bulk WHERE m = md5(n::text)", "300000"),
@@ -168,6 +171,25 @@ async fn back_over_the_cluster(scene: &Scene, major: Major) -> Result<()> {
 }
 on_drawn_major!(back_over_the_cluster);
 
+/// In one command, to a server that takes writes.
+async fn back_and_started(scene: &Scene, major: Major) -> Result<()> {
+    let mut accident = Accident::happen(scene, &major).await?;
+    accident.stop_all().await?;
+    let (data, to) = (accident.data(), accident.moment.rfc3339.clone());
+    let name = data.file_name().and_then(|name| name.to_str()).context("its folder")?;
+    let arguments = ["--delta", "--tablespace", &accident.mapping];
+    let (mut restored, _) = accident.site.restore_and_start(name, &to, &arguments).await?;
+    ensure!(restored.data() == data, "{} was restored", restored.data().display());
+    accident.judge_running(&restored).await?;
+    // Nothing is left to be done: it comes up again by itself, and goes on.
+    restored.sql("INSERT INTO shrinking VALUES (50001, md5('50001'))").await?;
+    restored.restart().await?;
+    let found = restored.value("SELECT count(*) FROM shrinking WHERE m = md5(n::text)").await?;
+    ensure!(found == "50001", "{found} rows after a restart");
+    Ok(())
+}
+on_drawn_major!(back_and_started);
+
 /// Killed at any moment, the cluster cannot be started by accident, and the same command finishes.
 async fn killed_in_the_middle(scene: &Scene, major: Major) -> Result<()> {
     let mut accident = Accident::happen(scene, &major).await?;
@@ -175,9 +197,7 @@ async fn killed_in_the_middle(scene: &Scene, major: Major) -> Result<()> {
     let (data, to) = (accident.data(), accident.moment.rfc3339.clone());
     let mut random = scene.random();
     let mark = data.join("backstay-restore/incomplete");
-    let (mut marked, mut tries) = (0, 0);
-    while marked < 4 && tries < 40 {
-        tries += 1;
+    for patience in [0, 60, 150, 300] {
         let mut child = std::process::Command::new(backstay_program())
             .arg("--config")
             .arg(accident.site.deployment.config())
@@ -186,19 +206,24 @@ async fn killed_in_the_middle(scene: &Scene, major: Major) -> Result<()> {
             .stdout(Stdio::null())
             .stderr(Stdio::null())
             .spawn()?;
-        tokio::time::sleep(Duration::from_millis(random.range(20..500))).await;
-        let ended = child.try_wait()?;
+        // An earlier try has left its mark: then the wait alone decides when this one is killed.
+        let deadline = Instant::now() + PATIENCE;
+        while !mark.exists() && child.try_wait()?.is_none() && Instant::now() < deadline {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        tokio::time::sleep(Duration::from_millis(random.range(0..patience + 1))).await;
         child.kill()?;
         child.wait()?;
-        if mark.exists() {
-            marked += 1;
-            let refused = restore(&accident.site.deployment, &data, &to, &[]).await?;
-            refused.expect(2)?.says(&["interrupted", "--delta"])?;
-        } else if ended.is_some() {
+        if !mark.exists() {
+            ensure!(
+                patience > 0,
+                "the restore was not killed between its first change and its last"
+            );
             break;
         }
+        let refused = restore(&accident.site.deployment, &data, &to, &[]).await?;
+        refused.expect(2)?.says(&["interrupted", "--delta"])?;
     }
-    ensure!(marked > 0, "no restore was killed between its first change and its last");
     accident.restore().await?.success()?;
     ensure!(!mark.exists(), "it is done, and says that it is not");
     accident.judge().await

@@ -195,7 +195,12 @@ fn refused(finished: Finished, object: &Needed, what: Damage) -> Result<()> {
         }
         _ => finished.expect(4)?,
     };
-    finished.says(&[&object.name]).map(|_| ())
+    // Swapped objects are both wrong: which of them is read first is not told.
+    let other = finished.clone().says(&[&object.other]);
+    match (what, finished.says(&[&object.name])) {
+        (Damage::Swapped, Err(_)) => other.map(|_| ()),
+        (_, said) => said.map(|_| ()),
+    }
 }
 
 /// WAL that is missing in the middle makes everything behind it unreachable, and what lies before stays reachable.

@@ -11,6 +11,9 @@
 //! | `options` | page checksums, segment sizes, tablespaces, generations, and what `restore` offers |
 //! | `apart` | two histories of one cluster, two agents of one server, WAL that nobody has |
 //! | `failover` | servers that take over from each other, and agents that do |
+//! | `memory` | the agent's memory, however many and large the files are |
+//! | `mixed` | snapshots under all kinds of DDL, and moments between, on each way to take them |
+//! | `interrupted` | snapshots that are killed and taken up again |
 //! | `kill` | agent and server killed at any moment, state lost |
 //! | `snapshots` | snapshots that refer to each other: right, and at the cost of what changed |
 //! | `s3` | the same over S3, with faults and refusing locations |
@@ -19,6 +22,7 @@
 //! | `integrity` | damaged, missing and swapped objects, wrong keys and clusters |
 //! | `refusals` | bad input: the thing, the reason, the remedy, the exit code |
 //! | `retention` | prune, pins, and restores beside them |
+//! | `synchronous` | commits that wait for locations, outages, a full spool, a slot in danger |
 //! | `tls` | logins over TLS |
 //! | `stores` | stores of all kinds, their roles, and what is refused of them |
 //! | `status` | what the running agent tells, and when it takes snapshots |
@@ -32,7 +36,10 @@ mod folder;
 mod harness;
 mod index;
 mod integrity;
+mod interrupted;
 mod kill;
+mod memory;
+mod mixed;
 mod options;
 mod refusals;
 mod restore;
@@ -43,5 +50,6 @@ mod site;
 mod snapshots;
 mod status;
 mod stores;
+mod synchronous;
 mod tidy;
 mod tls;

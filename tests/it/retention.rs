@@ -1,7 +1,9 @@
 //! What no moment of the window needs goes, in both locations, and nothing else does.
 
 use crate::folder;
-use crate::site::{LOCATIONS, PATIENCE, Site, configuration, restore};
+use crate::site::{
+    LOCATIONS, PATIENCE, Site, configuration, has_snapshot, judge, restore, restore_and_start,
+};
 use anyhow::{Context, Result, ensure};
 use backstay_common::name::ObjectName;
 use backstay_common::snapshot::manifest::read_plain;
@@ -9,7 +11,7 @@ use backstay_tests::ledger::Target;
 use backstay_tests::major::Major;
 use backstay_tests::on_drawn_major;
 use backstay_tests::postgres::Cluster;
-use backstay_tests::programs::backstay_program;
+use backstay_tests::programs::{Agent, backstay_program};
 use backstay_tests::scene::Scene;
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
@@ -20,6 +22,7 @@ use std::time::{Duration, Instant};
 
 /// A window for trials, and as much again for its margin.
 const WINDOW: Duration = Duration::from_secs(20);
+const SYSTEM: &str = "SELECT system_identifier FROM pg_control_system()";
 const TRIAL: &str = "[retention]\nwindow = \"20s\"\ngrace = \"2s\"\n";
 
 async fn start<'s>(scene: &'s Scene, major: &Major) -> Result<Site<'s>> {
@@ -61,7 +64,7 @@ async fn wait_for_snapshots(site: &Site<'_>, wanted: &[&str]) -> Result<()> {
 }
 
 /// Packs that no manifest names. A manifest that names a pack which is not there is an error.
-fn unnamed_packs(root: &Path) -> Result<usize> {
+pub fn unnamed_packs(root: &Path) -> Result<usize> {
     let packs: BTreeSet<String> = folder::named(root, "/pack/")?.into_iter().collect();
     let mut named = BTreeSet::new();
     for name in folder::named(root, "/manifest")? {
@@ -111,7 +114,7 @@ async fn what_the_window_does_not_need_goes(scene: &Scene, major: Major) -> Resu
         ensure!(words[1] == Some((true, "pinned")), "{words:?}");
         ensure!(matches!(words[2], Some((true, _))), "{words:?}");
         let named = report["locations"][location]["objects"].as_array().context("objects")?;
-        ensure!(named.iter().any(|o| o["name"].as_str().is_some_and(|n| n.contains("/pack/"))));
+        ensure!(named.iter().any(|o| o["name"].as_str().is_some_and(|n| n.contains("/manifest"))));
         ensure!(
             manifests(&site.location(LOCATIONS[location]))?.contains(&first),
             "a dry run deleted"
@@ -230,3 +233,90 @@ async fn a_restore_holds_what_it_reads(scene: &Scene, major: Major) -> Result<()
     Ok(())
 }
 on_drawn_major!(a_restore_holds_what_it_reads);
+
+/// After pg_upgrade the server is another system: refused by name until it is accepted. Then moments of both are restored, each of
+/// the system that had it, and the old one goes when its last commit has left the window.
+async fn both_systems_stay_in_the_window(scene: &Scene, major: Major) -> Result<()> {
+    let mut site = start(scene, &major).await?;
+    let old = site.first_snapshot().await?;
+    let old_system = site.cluster.value(SYSTEM).await?;
+    let session = site.cluster.connect().await?;
+    site.ledger.wait_for(30, PATIENCE).await?;
+    let moment = site.ledger.moment(&session).await?;
+    site.ledger.wait_for(30, PATIENCE).await?;
+    site.all_stored().await?;
+    drop(session);
+    site.agent.terminate(PATIENCE).await?;
+    site.ledger.stop().await?;
+    let ended = Instant::now();
+
+    let next = Cluster::build(scene, &major).name("upgraded").start().await?;
+    next.sql("CREATE TABLE era AS SELECT 'new'::text AS name").await?;
+    let system = next.value(SYSTEM).await?;
+    let [near, far] = LOCATIONS.map(|name| scene.path(name));
+    let configuration = site.configuration.clone().server(&next);
+    let deployment = site.deployment.clone();
+    deployment.configure(&configuration)?;
+    let refused: &[&str] = &[&old_system, &system, "init --accept-new-system"];
+    deployment.agent_command(&["run"]).await?.expect(2)?.says(refused)?;
+    deployment.agent_command(&["check"]).await?.expect(2)?.says(refused)?;
+    deployment.agent_command(&["init"]).await?.expect(2)?.says(refused)?;
+    ensure!(!far.join("accepted").exists(), "it was accepted before it was told to");
+    let accept = ["init", "--accept-new-system"];
+    deployment.agent_command(&accept).await?.success()?.says(&["takes the new system"])?;
+    deployment.agent_command(&accept).await?.success()?.says(&["was initialised before"])?;
+    deployment.agent_command(&["check"]).await?;
+
+    let mut agent = Agent::start(&deployment).await?;
+    let status = agent.wait_until("there is a snapshot", PATIENCE, has_snapshot).await?;
+    let new = status["snapshots"]["last"].as_str().context("the snapshot's name")?.to_owned();
+    let listed = deployment.backstay(&["list", "--json"]).await?.success()?.json()?;
+    ensure!(listed["system"] == system && listed["snapshots"][0]["id"] == new, "{listed}");
+    ensure!(listed["earlier"][0]["system"] == old_system, "{listed}");
+    ensure!(listed["earlier"][0]["snapshots"][0]["id"] == old, "{listed}");
+    let planned = async |args: &[&str]| -> Result<Value> {
+        let args: Vec<&str> = ["plan", "--json", "--to"].iter().chain(args).copied().collect();
+        deployment.backstay(&args).await?.success()?.json()
+    };
+    ensure!(planned(&["latest"]).await?["system"] == system);
+    ensure!(planned(&["latest", "--system", &old_system]).await?["system"] == old_system);
+    ensure!(planned(&[&format!("snapshot:{old}")]).await?["system"] == old_system);
+    deployment.backstay(&["list", "--system", "7"]).await?.expect(2)?.says(&["never had"])?;
+    let (mut restored, _) =
+        restore_and_start(scene, &deployment, &major, "before", &moment.rfc3339, &[]).await?;
+    judge(&site.ledger, &restored, &Target::Time(moment.micros)).await?;
+    restored.stop().await?;
+    let (mut restored, _) =
+        restore_and_start(scene, &deployment, &major, "after", "latest", &[]).await?;
+    ensure!(restored.value("SELECT name FROM era").await? == "new");
+    restored.stop().await?;
+
+    deployment.agent_command(&["pin", &old, "--reason", "the last of 15"]).await?.success()?;
+    deployment.agent_command(&["unpin", &old]).await?.success()?;
+    if ended.elapsed() < WINDOW {
+        let report = deployment.agent_command(&["prune", "--json"]).await?.success()?.json()?;
+        let earlier = report["locations"].as_array().into_iter().flatten();
+        let mut earlier = earlier.filter(|done| done["system"] == old_system);
+        let stays = earlier.all(|done| done["snapshots"][0]["stays"] == true);
+        ensure!(stays, "the old system goes though its commits are inside the window: {report}");
+    }
+    let deadline = Instant::now() + 2 * WINDOW + PATIENCE;
+    let left = |root: &Path| -> Result<usize> {
+        let of = |part: &str| folder::named(root, &format!("{old_system}/{part}"));
+        Ok(of("snapshots/")?.len() + of("pack/")?.len() + of("wal/")?.len())
+    };
+    while left(&near)? + left(&far)? > 0 {
+        ensure!(Instant::now() < deadline, "the old system stays: {}", left(&near)?);
+        deployment.agent_command(&["prune"]).await?.success()?;
+        tokio::time::sleep(Duration::from_secs(1)).await;
+    }
+    ensure!(ended.elapsed() > WINDOW, "the old system went while it was inside the window");
+    for root in [&near, &far] {
+        ensure!(manifests(root)?.contains(&new), "the new system's snapshot went too");
+    }
+    let listed = deployment.backstay(&["list", "--json"]).await?.success()?.json()?;
+    ensure!(listed["earlier"].as_array().is_some_and(Vec::is_empty), "{listed}");
+    agent.terminate(PATIENCE).await?;
+    Ok(())
+}
+on_drawn_major!(both_systems_stay_in_the_window);

@@ -1,6 +1,7 @@
-//! Snapshots that refer to each other: each restores to what it was, and costs what changed.
+//! Snapshots that refer to each other: each costs what changed, and says which pages are damaged. What they restore to is
+//! in `mixed`.
 
-use crate::site::{PATIENCE, Site};
+use crate::site::{PATIENCE, Site, configuration, restore};
 use anyhow::{Context, Result, ensure};
 use backstay_common::lsn::Lsn;
 use backstay_tests::ledger::Target;
@@ -10,9 +11,10 @@ use backstay_tests::postgres::Cluster;
 use backstay_tests::programs::{Configuration, Deployment};
 use backstay_tests::scene::Scene;
 use serde_json::Value;
-use std::collections::BTreeMap;
+use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::time::Instant;
 
 /// What an unchanged database may cost.
 const UNCHANGED_BYTES_MAX: u64 = 1_000_000;
@@ -25,7 +27,6 @@ struct Taken {
     id: String,
     parent: Option<String>,
     stored: u64,
-    database: u64,
     corrupt: u64,
 }
 
@@ -39,116 +40,8 @@ async fn take(site: &Site<'_>) -> Result<Taken> {
         id: text("id").context("the snapshot's name")?,
         parent: text("parent"),
         stored: number("stored_bytes")?,
-        database: number("database_bytes")?,
         corrupt: number("corrupt_pages")?,
     })
-}
-
-/// Everything that gives files new names, new sizes, or other content under an old name, while the load goes on: each of
-/// three snapshots restores to exactly what was there, and so does a moment after them.
-async fn each_snapshot_under_all_ddl(scene: &Scene, major: Major) -> Result<()> {
-    let mut site = Site::start(scene, &major).await?;
-    let session = site.cluster.connect().await?;
-    let space = scene.folder("space")?.display().to_string();
-    site.cluster.sql(&format!("CREATE TABLESPACE space LOCATION '{space}'")).await?;
-    for statement in PREPARATION {
-        site.cluster.sql(statement).await.with_context(|| (*statement).to_owned())?;
-    }
-    let mut cases: Vec<(String, Target, BTreeMap<String, String>)> = Vec::new();
-    for round in ROUNDS {
-        for &statement in round {
-            // CREATE DATABASE has no strategies before 15, and knows only one.
-            let statement = match major.number() {
-                ..15 => statement.split(" STRATEGY").next().unwrap_or(statement),
-                _ => statement,
-            };
-            site.cluster.sql(statement).await.with_context(|| statement.to_owned())?;
-        }
-        let contents = contents(&site.cluster).await?;
-        site.ledger.wait_for(40, PATIENCE).await?;
-        let before = site.ledger.moment(&session).await?;
-        let taken = take(&site).await?;
-        ensure!(taken.parent.is_some() && taken.stored < taken.database / 2, "{taken:?}");
-        let target = Target::Snapshot { stop: before.lsn };
-        cases.push((format!("snapshot:{}", taken.id), target, contents));
-    }
-    site.ledger.wait_for(40, PATIENCE).await?;
-    let last = contents(&site.cluster).await?;
-    site.ledger.stop().await?;
-    site.all_stored().await?;
-    cases.push(("latest".to_owned(), Target::All, last));
-    for (number, (to, target, expected)) in cases.iter().enumerate() {
-        let name = format!("restored-{number}");
-        let (mut restored, _) = site.restore_and_start(&name, to, &[]).await?;
-        site.judge(&restored, target).await.with_context(|| format!("--to {to}"))?;
-        let found = contents(&restored).await?;
-        ensure!(found == *expected, "--to {to}: {found:#?} and not {expected:#?}");
-        restored.stop().await?;
-    }
-    Ok(())
-}
-on_drawn_major!(each_snapshot_under_all_ddl);
-
-const PREPARATION: &[&str] = &[
-    "CREATE TABLE mixed AS SELECT n AS id, md5(n::text) AS t FROM generate_series(1, 30000) n",
-    "ALTER TABLE mixed ADD PRIMARY KEY (id)",
-    "CREATE INDEX mixed_t ON mixed (t)",
-    "CREATE TABLE moved AS SELECT n AS id, repeat('m', 50) AS t FROM generate_series(1, 8000) n",
-    "CREATE TABLE dropped AS SELECT n AS id, repeat('d', 50) AS t FROM generate_series(1, 8000) n",
-    "CREATE TABLE shrinks AS SELECT n AS id, repeat('s', 90) AS t FROM generate_series(1, 9000) n",
-    "CREATE TABLE refilled AS SELECT n AS id, repeat('r', 90) AS t FROM generate_series(1, 9000) n",
-    "CREATE TABLE wide AS SELECT n AS id, (SELECT string_agg(md5((n * k)::text), '') FROM generate_series(1, 200) k) AS t \
-     FROM generate_series(1, 200) n",
-    "CREATE UNLOGGED TABLE volatile AS SELECT n AS id, 'x' AS t FROM generate_series(1, 5000) n",
-    "CHECKPOINT",
-];
-
-const ROUNDS: [&[&str]; 3] = [
-    &[
-        "CREATE DATABASE copied STRATEGY wal_log",
-        "UPDATE mixed SET t = md5(t) WHERE id % 97 = 0",
-        "TRUNCATE refilled",
-        "INSERT INTO refilled SELECT n, repeat('q', 40) FROM generate_series(1, 500) n",
-        "VACUUM FULL mixed",
-    ],
-    &[
-        "CREATE DATABASE cloned STRATEGY file_copy",
-        "DELETE FROM shrinks WHERE id > 3000",
-        "VACUUM shrinks",
-        "CLUSTER mixed USING mixed_t",
-        "REINDEX TABLE mixed",
-        "ALTER TABLE moved SET TABLESPACE space",
-        "UPDATE wide SET t = t || 'x' WHERE id % 9 = 0",
-        "CHECKPOINT",
-    ],
-    &[
-        "DROP DATABASE copied",
-        "DROP TABLE dropped",
-        "CREATE TABLE dropped AS SELECT n AS id, repeat('e', 20) AS t FROM generate_series(1, 300) n",
-        "INSERT INTO shrinks SELECT n, repeat('t', 90) FROM generate_series(9001, 12000) n",
-        "ALTER TABLE moved SET TABLESPACE pg_default",
-        "UPDATE mixed SET t = md5(t) WHERE id % 201 = 0",
-        "ALTER TABLE volatile SET LOGGED",
-        "VACUUM",
-    ],
-];
-
-/// A digest of each table that only the test writes to, and the databases. Of an unlogged table nothing is left after recovery.
-async fn contents(cluster: &Cluster) -> Result<BTreeMap<String, String>> {
-    let mut contents = BTreeMap::new();
-    for table in ["mixed", "moved", "dropped", "shrinks", "refilled", "wide", "volatile"] {
-        let kind = format!("SELECT relpersistence FROM pg_class WHERE relname = '{table}'");
-        if cluster.value(&kind).await? == "u" {
-            continue;
-        }
-        let query = format!(
-            "SELECT count(*) || ' ' || md5(string_agg(id || t, ',' ORDER BY id)) FROM {table}"
-        );
-        contents.insert(table.to_owned(), cluster.value(&query).await?);
-    }
-    let databases = "SELECT string_agg(datname, ' ' ORDER BY datname) FROM pg_database";
-    contents.insert("databases".to_owned(), cluster.value(databases).await?);
-    Ok(contents)
 }
 
 /// Nothing changed, little changed; and the same when the cache is gone, cut off, an old one, or another cluster's.
@@ -239,8 +132,7 @@ async fn a_corrupt_page_stays_reported(scene: &Scene, major: Major) -> Result<()
     site.cluster.sql("CHECKPOINT").await?;
     ensure!(take(&site).await?.corrupt == 0);
     let path = site.cluster.value("SELECT pg_relation_filepath('victim')").await?;
-    let file =
-        std::fs::File::options().read(true).write(true).open(site.cluster.data().join(&path))?;
+    let file = File::options().read(true).write(true).open(site.cluster.data().join(&path))?;
     let flip = || -> Result<()> {
         let mut byte = [0];
         let at = 3 * 8192 + 5000;
@@ -254,9 +146,11 @@ async fn a_corrupt_page_stays_reported(scene: &Scene, major: Major) -> Result<()
         ensure!(taken.corrupt == 1, "round {round}: {taken:?}");
         let told = |status: &Value| {
             let alarms = status["alarms"].as_array().cloned().unwrap_or_default();
-            alarms
-                .iter()
-                .any(|alarm| alarm["name"] == "page-corrupt" && alarm["subject"] == path.as_str())
+            alarms.iter().any(|alarm| {
+                alarm["name"] == "page-corrupt"
+                    && alarm["subject"] == path.as_str()
+                    && alarm.to_string().contains(": block 3 fails its checksum")
+            })
         };
         site.agent.wait_until("the page is told of", PATIENCE, told).await?;
         tokio::time::sleep(std::time::Duration::from_millis(2500)).await;
@@ -266,3 +160,88 @@ async fn a_corrupt_page_stays_reported(scene: &Scene, major: Major) -> Result<()
     Ok(())
 }
 on_drawn_major!(a_corrupt_page_stays_reported);
+
+/// The page that is torn.
+const TORN: u64 = 3;
+const PAGE: usize = 8192;
+/// The agent must be stopped between the backup's start and the reading of one page; it may be too fast.
+const TEARS_MAX: usize = 6;
+
+/// One half of a page is written after the backup has begun, and the other half after the backup has read it.
+async fn a_torn_page_is_no_damage(scene: &Scene, major: Major) -> Result<()> {
+    // No page is written to the disk but by a checkpoint.
+    let cluster = Cluster::build(scene, &major)
+        .setting("bgwriter_lru_maxpages", "0")
+        .setting("shared_buffers", "64MB")
+        .setting("autovacuum", "off")
+        .start()
+        .await?;
+    let configuration = configuration(scene, &cluster)?;
+    let mut site = Site::of(scene, cluster, configuration).await?;
+    site.ledger.stop().await?;
+    site.cluster
+        .sql("CREATE TABLE torn AS SELECT n, md5(n::text) AS m FROM generate_series(1, 2000) n")
+        .await?;
+    site.cluster.sql("CHECKPOINT").await?;
+    for number in 1..=TEARS_MAX {
+        let torn = snapshot_with_a_tear(&mut site).await?;
+        site.all_stored().await?;
+        let dir = scene.path(&format!("restored-{number}"));
+        restore(&site.deployment, &dir, "latest", &[]).await?.success()?;
+        let path = site.cluster.value("SELECT pg_relation_filepath('torn')").await?;
+        if page_of(&File::open(dir.join(path))?, TORN)? != torn {
+            continue;
+        }
+        let mut restored = Cluster::of(scene, &major, &dir)?;
+        restored.start().await?;
+        restored.wait_until_writable(PATIENCE).await?;
+        let query = "SELECT count(*) || md5(string_agg(n || m, ',' ORDER BY n)) FROM torn";
+        let expected = site.cluster.value(query).await?;
+        ensure!(restored.value(query).await? == expected, "replay has not mended the page");
+        return site.judge(&restored, &Target::All).await.map(drop);
+    }
+    anyhow::bail!("no snapshot of {TEARS_MAX} has a torn page")
+}
+on_drawn_major!(a_torn_page_is_no_damage);
+
+/// A snapshot for which half of a page of `torn` is as it was and half is new; the page so. Nothing may be said to be damaged.
+async fn snapshot_with_a_tear(site: &mut Site<'_>) -> Result<Vec<u8>> {
+    const HAS_BEGUN: &str = "SELECT count(*) FROM pg_stat_activity \
+         WHERE state = 'idle' AND query ~ '^select pg_(backup_start|start_backup)'";
+    let session = site.cluster.connect().await?;
+    // Read before the table: it lies in an earlier folder, and is of new pages.
+    let early = site.cluster.data().join("base/1/999999");
+    File::create(&early)?.set_len(1 << 30)?;
+    site.scene.give(&early)?;
+    let path = session.value("SELECT pg_relation_filepath('torn')").await?;
+    let file = File::options().read(true).write(true).open(site.cluster.data().join(path))?;
+    let old = page_of(&file, TORN)?;
+
+    let deployment = site.deployment.clone();
+    let taking =
+        tokio::spawn(async move { deployment.agent_command(&["snapshot", "--json"]).await });
+    let deadline = Instant::now() + PATIENCE;
+    while session.value(HAS_BEGUN).await? == "0" {
+        ensure!(Instant::now() < deadline, "no backup begins");
+    }
+    site.agent.freeze()?;
+    session.batch_execute("UPDATE torn SET n = -n").await?;
+    session.batch_execute("CHECKPOINT").await?;
+    let new = page_of(&file, TORN)?;
+    let torn = [&new[..PAGE / 2], &old[PAGE / 2..]].concat();
+    ensure!(torn != old && torn != new, "the update has not changed both halves of the page");
+    file.write_all_at(&torn, TORN * PAGE as u64)?;
+    site.agent.thaw()?;
+    let outcome = taking.await??.success()?.json()?;
+    file.write_all_at(&new, TORN * PAGE as u64)?;
+    ensure!(outcome["corrupt_pages"] == 0, "{outcome}");
+    let status = site.agent.status().await?;
+    ensure!(!status["alarms"].to_string().contains("page-corrupt"), "{}", status["alarms"]);
+    Ok(torn)
+}
+
+fn page_of(file: &File, number: u64) -> Result<Vec<u8>> {
+    let mut page = vec![0; PAGE];
+    file.read_exact_at(&mut page, number * PAGE as u64)?;
+    Ok(page)
+}

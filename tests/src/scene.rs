@@ -16,6 +16,9 @@ use std::time::Duration;
 /// A scene that takes longer has failed.
 const TIME_LIMIT: Duration = Duration::from_secs(300);
 
+/// The same where every case is to run, and some scenes do much more.
+const TIME_LIMIT_FULL: Duration = Duration::from_secs(1200);
+
 /// How much of each log is printed when a scene fails.
 const LOG_TAIL_LINES: usize = 60;
 
@@ -155,10 +158,11 @@ pub fn play(name: &str, test: impl AsyncFnOnce(&Scene) -> Result<()>) {
         .enable_all()
         .build()
         .expect("a runtime for the scene");
+    let limit = if full() { TIME_LIMIT_FULL } else { TIME_LIMIT };
     let outcome = runtime.block_on(async {
-        match tokio::time::timeout(TIME_LIMIT, test(&scene)).await {
+        match tokio::time::timeout(limit, test(&scene)).await {
             Ok(outcome) => outcome,
-            Err(_) => bail!("took longer than {TIME_LIMIT:?}"),
+            Err(_) => bail!("took longer than {limit:?}"),
         }
     });
     runtime.shutdown_timeout(Duration::from_secs(5));

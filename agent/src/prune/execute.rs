@@ -25,6 +25,8 @@ const BATCH: usize = 1000;
 #[derive(Debug)]
 pub struct Execution<'a, S> {
     pub store: &'a S,
+    /// All locations, for what is damaged at this one.
+    pub stores: &'a [S],
     pub look: Look,
     /// All locations together, and what they need.
     pub union: &'a View,
@@ -151,7 +153,7 @@ impl<S: Store> Execution<'_, S> {
             matches!(name, ObjectName::Manifest { .. } | ObjectName::Begin { .. })
         });
         let mut gone = self.in_batches(&first).await;
-        let present = look_again(self.store, &mut self.look).await?;
+        let present = look_again(self.store, self.stores, &mut self.look).await?;
         let marked = self.marked();
         let held = self.held(&present);
         let rest =

@@ -1,8 +1,10 @@
 //! Reads all that a judgement needs to know of one location.
 //!
-//! All or nothing: where a manifest, a `begin`, an origin, a pin or a lease that is listed cannot be read, nothing is judged, for it
-//! might keep anything. What has gone since it was listed counts as not listed.
+//! All or nothing: where a manifest, a `begin`, an origin, a pin or a lease that is listed cannot be read, nothing is judged, for
+//! it might keep anything. One that is damaged is read from another location that has it whole. What has gone since it was
+//! listed counts as not listed.
 
+use super::memory::Fact;
 use super::store::Store;
 use backstay_common::condemned::Condemned;
 use backstay_common::head::Head;
@@ -30,10 +32,12 @@ pub struct Look {
     pub view: View,
     /// When the location itself took each object.
     pub modified: BTreeMap<ObjectName, Timestamp>,
+    /// What is damaged here and was read elsewhere.
+    pub damaged: Vec<ObjectName>,
 }
 
-/// Lists and reads. Changes nothing but `probe/`; safe to drop.
-pub async fn look(store: &impl Store, system: SystemId) -> Result<Look> {
+/// Lists, and reads what is new. What is damaged is read from `others`. Changes nothing but `probe/`; safe to drop.
+pub async fn look<S: Store>(store: &S, others: &[S], system: SystemId) -> Result<Look> {
     let now = store.clock().await?;
     let mut view = View::empty(system, now);
     let mut modified = BTreeMap::new();
@@ -44,17 +48,23 @@ pub async fn look(store: &impl Store, system: SystemId) -> Result<Look> {
             view.objects.insert(name, seen);
         }
     }
-    let mut look = Look { view, modified };
-    read_all(store, &mut look).await?;
+    let mut look = Look { view, modified, damaged: Vec::new() };
+    read_all(store, others, &mut look).await?;
+    store.memory().forget_others(&look.view);
     Ok(look)
 }
 
 /// Looks again at what may have come to hold something back: snapshots and pins. What `look` knows besides is kept, also of what
 /// has been deleted since. Returns what is listed now.
-pub async fn look_again(store: &impl Store, look: &mut Look) -> Result<BTreeSet<ObjectName>> {
+pub async fn look_again<S: Store>(
+    store: &S,
+    others: &[S],
+    look: &mut Look,
+) -> Result<BTreeSet<ObjectName>> {
     let system = look.view.system;
     let mut present = BTreeSet::new();
-    let mut fresh = Look { view: View::empty(system, look.view.now), modified: BTreeMap::new() };
+    let view = View::empty(system, look.view.now);
+    let mut fresh = Look { view, modified: BTreeMap::new(), damaged: Vec::new() };
     for folder in [folder::snapshots(system), folder::pins(system)] {
         for listed in store.list(&folder).await? {
             let Some(name) = listed.name else { continue };
@@ -66,7 +76,7 @@ pub async fn look_again(store: &impl Store, look: &mut Look) -> Result<BTreeSet<
             present.insert(name);
         }
     }
-    read_all(store, &mut fresh).await?;
+    read_all(store, others, &mut fresh).await?;
     look.modified.extend(fresh.modified);
     look.view.objects.extend(fresh.view.objects);
     look.view.manifests.extend(fresh.view.manifests);
@@ -75,20 +85,33 @@ pub async fn look_again(store: &impl Store, look: &mut Look) -> Result<BTreeSet<
     Ok(present)
 }
 
-async fn read_all(store: &impl Store, look: &mut Look) -> Result<()> {
-    let names: Vec<ObjectName> = wanted(&look.view);
-    let reads = futures::stream::iter(names).map(|name| async move {
-        match store.get(&name).await {
-            Ok(bytes) => Ok((name, Some(bytes))),
-            Err(error) if error.kind() == Kind::Missing => Ok((name, None)),
-            Err(error) => Err(error),
+/// Reads what is not remembered.
+async fn read_all<S: Store>(store: &S, others: &[S], look: &mut Look) -> Result<()> {
+    let mut unknown = Vec::new();
+    for name in wanted(&look.view) {
+        let size = look.view.objects.get(&name).map_or(0, |seen| seen.size);
+        match store.memory().recall(&name, size) {
+            Some(fact) => learn(&mut look.view, &name, Some(fact)),
+            None => unknown.push((name, size)),
         }
+    }
+    let reads = futures::stream::iter(unknown).map(|(name, size)| async move {
+        let found = find(store, others, &name).await?;
+        Ok::<_, Error>((name, size, found))
     });
     let mut reads = std::pin::pin!(reads.buffer_unordered(READS_MAX));
-    while let Some((name, bytes)) = reads.try_next().await? {
-        match bytes {
-            Some(bytes) => read(store, &mut look.view, &name, bytes).await.map_err(unreadable)?,
-            None => {
+    while let Some((name, size, found)) = reads.try_next().await? {
+        match found {
+            Found::Here(fact) => {
+                store.memory().keep(&name, size, &fact);
+                learn(&mut look.view, &name, Some(fact));
+            }
+            Found::Elsewhere(fact) => {
+                look.damaged.push(name.clone());
+                learn(&mut look.view, &name, Some(fact));
+            }
+            Found::Damaged => learn(&mut look.view, &name, None),
+            Found::Gone => {
                 look.view.objects.remove(&name);
                 look.modified.remove(&name);
             }
@@ -97,13 +120,49 @@ async fn read_all(store: &impl Store, look: &mut Look) -> Result<()> {
     Ok(())
 }
 
-fn unreadable(error: Error) -> Error {
-    match error.kind() {
-        Kind::Corrupt => error.context("it may be what keeps other objects").remedy(
-            "nothing is pruned here until it is whole: copy the object from another location over it",
-        ),
-        _ => error,
+/// What became of one object.
+enum Found {
+    Here(Fact),
+    /// Damaged here, and whole at another location: equal names are equal objects.
+    Elsewhere(Fact),
+    /// A head that is whole nowhere. It says nothing that is needed.
+    Damaged,
+    Gone,
+}
+
+async fn find<S: Store>(store: &S, others: &[S], name: &ObjectName) -> Result<Found> {
+    let error = match store.get(name).await {
+        Err(error) if error.kind() == Kind::Missing => return Ok(Found::Gone),
+        Err(error) => error,
+        Ok(bytes) => match fact(store, name, bytes).await {
+            Ok(fact) => return Ok(Found::Here(fact)),
+            Err(error) => error,
+        },
+    };
+    if !is_damage(&error) {
+        return Err(error);
     }
+    for other in others.iter().filter(|other| other.name() != store.name()) {
+        let Ok(bytes) = other.get(name).await else { continue };
+        if let Ok(fact) = fact(other, name, bytes).await {
+            tracing::warn!(location = %store.name(), "{name} is damaged, and read from {}: {error}", other.name());
+            return Ok(Found::Elsewhere(fact));
+        }
+    }
+    match name {
+        ObjectName::Head { .. } => Ok(Found::Damaged),
+        ObjectName::Condemned { .. } => Err(error.remedy(
+            "nothing is pruned here until it is gone: delete this object, and see that the config's window is meant",
+        )),
+        _ => Err(error.context("it may be what keeps other objects").remedy(
+            "nothing is pruned here until it is whole: copy the object from another location over it",
+        )),
+    }
+}
+
+/// The object, or the wrap that opens it, will not become whole by itself.
+fn is_damage(error: &Error) -> bool {
+    matches!(error.kind(), Kind::Corrupt | Kind::Key | Kind::Missing)
 }
 
 /// What must be read: of each agent's heads only the newest, and no `begin` whose manifest is there.
@@ -131,54 +190,54 @@ fn wanted(view: &View) -> Vec<ObjectName> {
     names
 }
 
-async fn read(store: &impl Store, view: &mut View, name: &ObjectName, bytes: Bytes) -> Result<()> {
-    match name {
-        ObjectName::Manifest { snapshot, .. } => {
-            let (_, plain) = read_plain(&bytes, name)?;
-            view.manifests.insert(*snapshot, plain);
-        }
-        ObjectName::Begin { snapshot, .. } => {
-            view.begins.insert(*snapshot, Begin::read(&bytes, name)?);
-        }
-        ObjectName::Pin { .. } => {
-            drop(view.pins.insert(name.clone(), PinRecord::read(&bytes, name)?))
-        }
-        ObjectName::Lease { .. } => view.leases.push(Lease::read(&bytes, name)?),
-        ObjectName::Condemned { .. } => {
-            view.condemned.insert(name.clone(), Condemned::read(&bytes, name)?);
-        }
-        ObjectName::Origin { branch, .. } => {
+/// What the object says. Fails unless it is whole.
+async fn fact(store: &impl Store, name: &ObjectName, bytes: Bytes) -> Result<Fact> {
+    Ok(match name {
+        ObjectName::Begin { .. } => Fact::Begin(Begin::read(&bytes, name)?),
+        ObjectName::Pin { .. } => Fact::Pin(PinRecord::read(&bytes, name)?),
+        ObjectName::Lease { .. } => Fact::Lease(Lease::read(&bytes, name)?),
+        ObjectName::Condemned { .. } => Fact::Condemned(Condemned::read(&bytes, name)?),
+        ObjectName::Origin { .. } => {
             let epoch = store.epoch(Header::check(&bytes, name)?.epoch()).await;
             let origin = Origin::open(bytes, name, &*epoch.context(format!("open {name}"))?)?;
-            view.ancestors.insert(*branch, origin.ancestors()?);
+            Fact::Ancestors(origin.ancestors()?)
         }
-        ObjectName::Head { .. } => hear(store, view, name, bytes).await?,
-        _ => {}
-    }
-    Ok(())
+        ObjectName::Head { .. } => {
+            let epoch = store.epoch(Header::check(&bytes, name)?.epoch()).await?;
+            Fact::Heard(Head::open(bytes, name, &epoch)?.branch)
+        }
+        _ => Fact::Manifest(read_plain(&bytes, name)?.1),
+    })
 }
 
-/// A head that is damaged may have spoken of any branch.
-async fn hear(store: &impl Store, view: &mut View, name: &ObjectName, bytes: Bytes) -> Result<()> {
-    let Some(at) = view.objects.get(name).map(|seen| seen.stored) else { return Ok(()) };
-    let opened = match Header::check(&bytes, name) {
-        Ok(header) => Head::open(bytes, name, &*store.epoch(header.epoch()).await?),
-        Err(error) => Err(error),
-    };
-    let branches: Vec<Branch> = match opened {
-        Ok(head) => vec![head.branch],
-        Err(error) if error.kind() == Kind::Corrupt => {
+/// Adds a fact to the view; a head without one may have spoken of any branch.
+fn learn(view: &mut View, name: &ObjectName, fact: Option<Fact>) {
+    match (fact, name) {
+        (Some(Fact::Manifest(plain)), _) => drop(view.manifests.insert(plain.snapshot, plain)),
+        (Some(Fact::Begin(begin)), _) => drop(view.begins.insert(begin.snapshot, begin)),
+        (Some(Fact::Pin(pin)), _) => drop(view.pins.insert(name.clone(), pin)),
+        (Some(Fact::Lease(lease)), _) => view.leases.push(lease),
+        (Some(Fact::Condemned(list)), _) => drop(view.condemned.insert(name.clone(), list)),
+        (Some(Fact::Ancestors(ancestors)), ObjectName::Origin { branch, .. }) => {
+            view.ancestors.insert(*branch, ancestors);
+        }
+        (Some(Fact::Heard(branch)), _) => hear(view, name, [branch].into()),
+        (Some(Fact::Ancestors(_)), _) => {}
+        (None, _) => {
             let wal = view.objects.keys().filter_map(|name| match name {
                 ObjectName::Wal { branch, .. } => Some(*branch),
                 _ => None,
             });
-            wal.collect::<BTreeSet<Branch>>().into_iter().collect()
+            let branches = wal.collect();
+            hear(view, name, branches);
         }
-        Err(error) => return Err(error),
-    };
+    }
+}
+
+fn hear(view: &mut View, name: &ObjectName, branches: BTreeSet<Branch>) {
+    let Some(at) = view.objects.get(name).map(|seen| seen.stored) else { return };
     for branch in branches {
         let heard = view.heard.entry(branch).or_insert(at);
         *heard = (*heard).max(at);
     }
-    Ok(())
 }

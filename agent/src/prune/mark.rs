@@ -44,6 +44,7 @@ impl Window {
 pub struct Marked {
     pub window: Window,
     pub goes: BTreeMap<ObjectName, Gone>,
+    is_succeeded: bool,
     own: Verdict,
     together: Verdict,
 }
@@ -64,7 +65,7 @@ pub fn mark(
     let unneeded = |name: &ObjectName| !together.stays.contains_key(name);
     let goes = own.goes.iter().filter(|(name, _)| unneeded(name));
     let goes = goes.map(|(name, why)| (name.clone(), *why)).collect();
-    Marked { window, goes, own, together: together.clone() }
+    Marked { window, goes, is_succeeded: rules.is_succeeded, own, together: together.clone() }
 }
 
 /// The lists that have been made under a generation of the lease, with when the store took them. Those of others say
@@ -107,6 +108,8 @@ impl Marked {
         let named = if dry_run { NAMED_MAX } else { 0 };
         LocationReport {
             location: location.clone(),
+            system: look.view.system,
+            is_succeeded: self.is_succeeded,
             window: self.window.applied.as_secs(),
             window_refused: self.window.refused.map(|window| window.as_secs()),
             snapshots: self.snapshots(look),
@@ -116,6 +119,7 @@ impl Marked {
             condemned: Amount::default(),
             waiting: Amount::default(),
             left: Amount::default(),
+            damaged: look.damaged.iter().map(ToString::to_string).collect(),
             next_due: None,
             objects: self.goes.iter().take(named).map(word).collect(),
         }

@@ -1,8 +1,8 @@
 //! Pins by hand: to hold a snapshot, to give it back, and to acknowledge damage.
 
+use super::Pruner;
 use super::look::{Look, look};
 use super::store::Store;
-use super::{Pruner, stores};
 use crate::context::AgentContext;
 use backstay_common::id::{LocationName, ObjectId, SnapshotId};
 use backstay_common::name::ObjectName;
@@ -12,6 +12,9 @@ use backstay_common::{Error, Kind, Result};
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
+
+/// Who pins needs no lease.
+const ANYBODY: u64 = 0;
 
 /// What is asked for.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -35,6 +38,18 @@ pub struct PinOutcome {
     pub failed: Vec<(LocationName, String)>,
 }
 
+impl PinOutcome {
+    fn add(&mut self, other: PinOutcome) {
+        self.pins.extend(other.pins);
+        for location in other.locations {
+            if !self.locations.contains(&location) {
+                self.locations.push(location);
+            }
+        }
+        self.failed.extend(other.failed);
+    }
+}
+
 impl fmt::Display for PinOutcome {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for (pin, snapshot) in &self.pins {
@@ -52,9 +67,29 @@ impl fmt::Display for PinOutcome {
 
 /// Writes the records of one request to every location. Those that are down get them by copying, later.
 pub async fn run(context: &AgentContext, request: PinRequest) -> Result<PinOutcome> {
-    let stores = stores(context);
-    // Anybody may pin: it needs no lease.
-    answer(&super::pruner(context, &stores, 0).await?, request).await
+    let own = context.systems.own(context).await;
+    let mut answered = answer(&super::pruner(context, &own, ANYBODY).await?, request.clone()).await;
+    for system in context.systems.others(context).await? {
+        let is_unknown = |error: &Error| error.kind() == Kind::Config;
+        match &mut answered {
+            Ok(outcome) if request == PinRequest::AckDamage => {
+                let more =
+                    answer(&super::pruner(context, &system, ANYBODY).await?, request.clone())
+                        .await?;
+                outcome.add(more);
+            }
+            // The snapshot may be one of an earlier system.
+            Err(error) if is_unknown(error) => {
+                let pruner = super::pruner(context, &system, ANYBODY).await?;
+                match answer(&pruner, request.clone()).await {
+                    Err(error) if is_unknown(&error) => {}
+                    other => answered = other,
+                }
+            }
+            _ => break,
+        }
+    }
+    answered
 }
 
 pub(super) async fn answer<S: Store>(
@@ -63,8 +98,10 @@ pub(super) async fn answer<S: Store>(
 ) -> Result<PinOutcome> {
     let mut outcome = PinOutcome::default();
     let mut known = Known::default();
-    let looks =
-        pruner.stores.iter().map(|store| async move { (store, look(store, pruner.system).await) });
+    let looks = pruner
+        .stores
+        .iter()
+        .map(|store| async move { (store, look(store, pruner.stores, pruner.system).await) });
     for (store, looked) in futures::future::join_all(looks).await {
         match looked {
             Ok(look) => known.add(&look),

@@ -1,8 +1,10 @@
 //! What prune did, or would do, for people and programs.
 
-use backstay_common::id::{LocationName, SnapshotId};
+use backstay_common::id::{LocationName, SnapshotId, SystemId};
+use backstay_common::{Error, Kind};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeSet;
 use std::fmt;
 use std::time::Duration;
 
@@ -17,12 +19,27 @@ pub struct PruneReport {
     pub locations: Vec<LocationReport>,
     /// Locations where nothing was pruned, and why.
     pub failed: Vec<(LocationName, String)>,
+    /// Those among them that could not be reached.
+    #[serde(skip)]
+    pub unavailable: BTreeSet<LocationName>,
+}
+
+impl PruneReport {
+    pub fn fail(&mut self, location: &LocationName, error: &Error) {
+        if error.kind() == Kind::Storage {
+            self.unavailable.insert(location.clone());
+        }
+        self.failed.push((location.clone(), error.to_string()));
+    }
 }
 
 /// One location.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct LocationReport {
     pub location: LocationName,
+    pub system: SystemId,
+    /// It is not the server's own any more, and goes when its last commit has left the window.
+    pub is_succeeded: bool,
     /// The window that was applied, in seconds.
     pub window: u64,
     /// The shorter window of the config, in seconds, that nobody has accepted yet.
@@ -40,6 +57,8 @@ pub struct LocationReport {
     pub waiting: Amount,
     /// Due, but the store would not delete it, as under object lock; it is tried again.
     pub left: Amount,
+    /// Objects that are damaged here, and were read from another location to judge.
+    pub damaged: Vec<String>,
     /// When the next of what is condemned is due.
     pub next_due: Option<Timestamp>,
     /// In a dry run: what may go, and why.
@@ -84,6 +103,17 @@ pub struct ObjectWord {
 }
 
 impl PruneReport {
+    /// Takes over what became of another system.
+    pub fn add(&mut self, other: PruneReport) {
+        self.locations.extend(other.locations);
+        for (location, reason) in other.failed {
+            if !self.failed.iter().any(|(known, _)| *known == location) {
+                self.failed.push((location, reason));
+            }
+        }
+        self.unavailable.extend(other.unavailable);
+    }
+
     /// When something that is condemned is next due.
     pub fn next_due(&self) -> Option<Timestamp> {
         self.locations.iter().filter_map(|location| location.next_due).min()
@@ -108,13 +138,20 @@ impl fmt::Display for PruneReport {
 impl LocationReport {
     fn show(&self, dry_run: bool, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let window = |seconds| humantime::format_duration(Duration::from_secs(seconds));
-        writeln!(f, "location {}, window {}", self.location, window(self.window))?;
+        write!(f, "location {}, window {}", self.location, window(self.window))?;
+        match self.is_succeeded {
+            true => writeln!(f, ", earlier system {}", self.system)?,
+            false => writeln!(f)?,
+        }
         if let Some(refused) = self.window_refused {
             let refused = window(refused);
             writeln!(
                 f,
                 "  the config's window of {refused} is shorter: --accept-window applies it"
             )?;
+        }
+        for name in &self.damaged {
+            writeln!(f, "  DAMAGED here, and read from another location: {name}")?;
         }
         for snapshot in &self.snapshots {
             let word = if snapshot.stays { "stays" } else { "goes " };

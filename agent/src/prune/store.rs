@@ -1,5 +1,6 @@
 //! What prune asks of a location: nothing else, so that it can be tried out against one that is made up.
 
+use super::memory::Memory;
 use crate::writer::Writer;
 use backstay_common::Result;
 use backstay_common::id::{EpochId, LocationName, SystemId};
@@ -26,10 +27,13 @@ pub trait Store: Sync {
     /// Deletes all of `names`, durably; tries all before it reports the first fault.
     fn delete(&self, names: &[ObjectName]) -> impl Future<Output = Result<()>> + Send;
 
-    /// The store's own clock.
+    /// The store's own clock; refuses a location that is not ours.
     fn clock(&self) -> impl Future<Output = Result<Timestamp>> + Send;
 
     fn epoch(&self, id: EpochId) -> impl Future<Output = Result<Arc<Epoch>>> + Send;
+
+    /// What has been read of it.
+    fn memory(&self) -> &Memory;
 }
 
 /// A location of this agent.
@@ -38,6 +42,13 @@ pub struct AgentStore {
     pub writer: Arc<Writer>,
     pub keyring: Arc<Keyring>,
     pub system: SystemId,
+    memory: Arc<Memory>,
+}
+
+impl AgentStore {
+    pub fn new(writer: Arc<Writer>, keyring: &Arc<Keyring>, system: SystemId) -> AgentStore {
+        AgentStore { writer, keyring: keyring.clone(), system, memory: Arc::default() }
+    }
 }
 
 impl Store for AgentStore {
@@ -63,10 +74,15 @@ impl Store for AgentStore {
     }
 
     async fn clock(&self) -> Result<Timestamp> {
+        self.writer.location().require_cluster().await?;
         self.writer.location().clock().await
     }
 
     async fn epoch(&self, id: EpochId) -> Result<Arc<Epoch>> {
         self.keyring.epoch(self.system, id, self.writer.location()).await
+    }
+
+    fn memory(&self) -> &Memory {
+        &self.memory
     }
 }

@@ -37,6 +37,7 @@ struct Sim {
     used: AtomicU64,
     /// Objects younger than this cannot be deleted, in seconds.
     lock: AtomicI64,
+    memory: Memory,
 }
 
 impl Sim {
@@ -50,6 +51,7 @@ impl Sim {
             fuse: AtomicU64::new(u64::MAX),
             used: AtomicU64::new(0),
             lock: AtomicI64::new(0),
+            memory: Memory::default(),
         }
     }
 
@@ -128,6 +130,10 @@ impl Store for Sim {
 
     async fn epoch(&self, _: EpochId) -> Result<Arc<Epoch>> {
         Ok(self.epoch.clone())
+    }
+
+    fn memory(&self) -> &Memory {
+        &self.memory
     }
 }
 
@@ -502,6 +508,34 @@ impl World {
         }
     }
 
+    /// By the truth: the newest three that were ever whole here, and the first of each of the newest weeks and months.
+    fn check_kept_besides(&self, ever: &BTreeSet<ObjectName>) {
+        let names = self.stores[0].names();
+        let manifest = |id: &SnapshotId| ObjectName::Manifest { system: SYSTEM, snapshot: *id };
+        let mut newest: Vec<(&SnapshotId, &Snap)> =
+            self.snaps.iter().filter(|(id, _)| ever.contains(&manifest(id))).collect();
+        newest.sort_by_key(|(_, snap)| std::cmp::Reverse(snap.finished));
+        for (id, snap) in newest.iter().take(3) {
+            let is_whole = names.contains(&manifest(id))
+                && has_packs(&names, snap)
+                && self.has_wal(&names, snap.branch, snap, snap.stop);
+            assert!(is_whole, "{id} is one of the last three");
+        }
+        let mut all: Vec<_> = self.snaps.iter().filter(|(_, snap)| !snap.marked).collect();
+        all.retain(|(id, _)| ever.contains(&manifest(id)));
+        let mut weeks: BTreeMap<(i16, i8), SnapshotId> = BTreeMap::new();
+        let mut months: BTreeMap<(i16, i8), SnapshotId> = BTreeMap::new();
+        for (id, _) in all {
+            let date = id.began().to_zoned(jiff::tz::TimeZone::UTC).date();
+            let week = date.iso_week_date();
+            weeks.entry((week.year(), week.week())).or_insert(*id);
+            months.entry((date.year(), date.month())).or_insert(*id);
+        }
+        for (period, id) in weeks.iter().rev().take(3).chain(months.iter().rev().take(2)) {
+            assert!(names.contains(&manifest(id)), "{id} was the first of {period:?}");
+        }
+    }
+
     fn pruner(&self) -> Pruner<'_, Sim> {
         static AGENT: std::sync::LazyLock<AgentName> =
             std::sync::LazyLock::new(|| "db1".parse().unwrap());
@@ -690,7 +724,7 @@ impl World {
                     }
                     ObjectName::Wal { branch, range, .. } => {
                         let index = self.branches.iter().position(|b| b.branch == *branch).unwrap();
-                        let replayed = listed.iter().any(|(_, snap)| {
+                        listed.iter().any(|(_, snap)| {
                             (0..self.branches.len()).any(|tip| {
                                 let chain = self.chain(tip);
                                 let leg = chain.iter().find(|leg| leg.0 == index);
@@ -703,8 +737,7 @@ impl World {
                                     && is_later
                                     && leg.is_some_and(|leg| range.start.get() < leg.2)
                             })
-                        });
-                        replayed
+                        })
                     }
                     // The word that damage was acknowledged stays as long as the damage is there.
                     ObjectName::Pin { .. } => {
@@ -741,7 +774,15 @@ fn manifest(id: SnapshotId, snap: &Snap, branch: Branch, epoch: &Epoch) -> Seale
     let entry = |(pack, size): &(ObjectId, u64)| {
         let mut salt = [0; 32];
         salt[..8].copy_from_slice(pack.as_bytes());
-        PackEntry { epoch: 0, salt, commitment: [0; 32], size: *size, hash: [0; 32], live_bytes: 1 }
+        PackEntry {
+            epoch: 0,
+            salt,
+            commitment: [0; 32],
+            size: *size,
+            hash: [0; 32],
+            live_bytes: 1,
+            frame_bytes: None,
+        }
     };
     let plain = ManifestPlain {
         snapshot: id,
@@ -761,6 +802,7 @@ fn manifest(id: SnapshotId, snap: &Snap, branch: Branch, epoch: &Epoch) -> Seale
         files: 1,
         parent: None,
         corrupt_pages: u64::from(snap.marked),
+        abandoned: None,
     };
     let root = Root {
         cluster: "orders".parse().unwrap(),
@@ -795,6 +837,150 @@ fn every_moment_of_the_window_is_reachable_and_nothing_is_left_over() {
         }
         world.check_nothing_is_left_over();
     }
+}
+
+/// The same with snapshots that are kept besides: each of them stays whole, and no other does.
+#[test]
+fn what_is_kept_besides_the_window_stays_whole() {
+    for seed in 1..4 {
+        println!("BACKSTAY_SEED={seed}");
+        let mut world = World::new(seed);
+        world.rules = Rules { keep_last: 3, weekly: 3, monthly: 2, ..world.rules };
+        for _ in 0..70 {
+            world.step();
+        }
+        world.running = None;
+        for _ in 0..3 {
+            world.catch_up();
+            let ever = world.stores[0].ever.lock().unwrap().keys().cloned().collect();
+            world.check_kept_besides(&ever);
+            // By then every restore has ended.
+            world.reading.clear();
+            world.pass(20 * DAY);
+            world.write(0, SEGMENT / 3);
+            prune_for_good(&mut world);
+        }
+    }
+}
+
+/// A world in which all that was taken is whole, and as many snapshots, a day apart.
+fn daily(seed: u64, days: u64) -> World {
+    let mut world = World::new(seed);
+    world.is_damaging = false;
+    for _ in 0..days {
+        world.write(0, SEGMENT / 3);
+        world.begin();
+        world.finish();
+        world.pass(DAY);
+    }
+    world
+}
+
+fn left(store: &Sim) -> Vec<SnapshotId> {
+    let manifest = |name: ObjectName| match name {
+        ObjectName::Manifest { snapshot, .. } => Some(snapshot),
+        _ => None,
+    };
+    store.names().into_iter().filter_map(manifest).collect()
+}
+
+/// What is condemned, and two days later deleted.
+fn prune_for_good(world: &mut World) -> PruneReport {
+    world.prune();
+    world.pass(2 * DAY);
+    world.prune()
+}
+
+#[test]
+fn what_the_store_keeps_under_lock_is_counted_and_deleted_later() {
+    let mut world = daily(1, 9);
+    world.prune();
+    world.pass(GRACE + 60);
+    world.stores.iter().for_each(|store| store.lock.store(60 * DAY, Ordering::Relaxed));
+    let before = world.stores[0].names();
+    let report = world.prune();
+    let done = &report.locations[0];
+    assert!(report.failed.is_empty() && done.deleted.objects == 0, "{report}");
+    assert!(done.left.objects > 5 && before.is_subset(&world.stores[0].names()), "{report}");
+    let left = done.left;
+    world.stores.iter().for_each(|store| store.lock.store(0, Ordering::Relaxed));
+    let report = world.prune();
+    assert_eq!(report.locations[0].left, Amount::default(), "{report}");
+    assert!(report.locations[0].deleted.objects >= left.objects, "{report}");
+}
+
+#[test]
+fn a_clock_that_is_off_stops_pruning_there() {
+    let world = daily(1, 9);
+    world.stores[1].clock.store(world.clock + 301, Ordering::Relaxed);
+    let before = world.stores[1].names();
+    let report = futures::executor::block_on(world.pruner().run(PruneOptions::default()));
+    assert_eq!(report.locations.len(), 1, "{report}");
+    assert!(report.failed[0].1.contains("301 s off"), "{report}");
+    assert_eq!(world.stores[1].names(), before);
+    world.stores[1].clock.store(world.clock + 299, Ordering::Relaxed);
+    let report = futures::executor::block_on(world.pruner().run(PruneOptions::default()));
+    assert!(report.failed.is_empty(), "{report}");
+}
+
+#[test]
+fn what_is_damaged_at_one_location_is_read_from_another() {
+    let mut world = daily(1, 9);
+    let damage = |store: &Sim, name: &ObjectName| {
+        let mut objects = store.objects.lock().unwrap();
+        let (bytes, _) = objects.get_mut(name).unwrap();
+        let mut bent = bytes.to_vec();
+        let middle = bent.len() / 2;
+        bent[middle] ^= 1;
+        *bytes = bent.into();
+    };
+    let is_needed =
+        |name: &ObjectName| matches!(name, ObjectName::Manifest { .. } | ObjectName::Origin { .. });
+    let names: Vec<ObjectName> = world.stores[0].names().into_iter().filter(is_needed).collect();
+    names.iter().for_each(|name| damage(&world.stores[0], name));
+    let report = prune_for_good(&mut world);
+    assert!(report.failed.is_empty() && report.locations[0].deleted.objects > 5, "{report}");
+    assert!(!report.locations[0].damaged.is_empty(), "{report}");
+    // Damaged at both, it blocks both: it may be what keeps the rest.
+    let mut world = daily(1, 9);
+    world.stores.iter().for_each(|store| damage(store, &names[0]));
+    let before = world.stores[0].names();
+    let report = prune_for_good(&mut world);
+    assert_eq!((report.failed.len(), report.locations.len()), (2, 0), "{report}");
+    assert_eq!(world.stores[0].names(), before);
+}
+
+#[test]
+fn what_was_read_is_not_read_again() {
+    let world = daily(1, 4);
+    let requests = || {
+        world.stores[0].used.store(0, Ordering::Relaxed);
+        world.prune();
+        world.stores[0].used.load(Ordering::Relaxed)
+    };
+    let first = requests();
+    // The list of what was condemned is new; after that there is the clock, and the listing.
+    requests();
+    assert_eq!(requests(), 2, "at first it were {first}");
+    assert!(first > 6 && world.stores[0].memory.count() > 4);
+}
+
+#[test]
+fn a_system_that_was_succeeded_goes_when_its_last_commit_has_left_the_window() {
+    let mut world = daily(1, 5);
+    world.pass(10 * DAY);
+    prune_for_good(&mut world);
+    assert_eq!(left(&world.stores[0]).len(), 1, "the newest never goes");
+    world.rules.is_succeeded = true;
+    prune_for_good(&mut world);
+    let names = world.stores[0].names();
+    let is_word = |name: &ObjectName| matches!(name, ObjectName::Condemned { .. });
+    assert!(names.iter().all(is_word), "{names:?}");
+    // Inside the window all of it stays.
+    let mut world = daily(1, 2);
+    world.rules.is_succeeded = true;
+    world.prune();
+    assert_eq!(left(&world.stores[0]).len(), 2);
 }
 
 /// Whoever takes the lease over judges anew, and lets the grace pass anew.

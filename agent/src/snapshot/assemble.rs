@@ -15,6 +15,7 @@ mod pending;
 pub use pending::{Begun, Doubt, Doubts, Held, Part, PartState};
 
 use super::cache::{CacheWriter, DoubtRecord, FileRecord, SharedPart};
+use super::leftover::Leftover;
 use super::loose::{Loose, Piece};
 use super::overlay::{self, Stored};
 use super::pack::Packs;
@@ -86,6 +87,7 @@ pub struct Assembled {
 pub struct Assembler {
     packs: Packs,
     parent: Option<Arc<Parent>>,
+    leftover: Arc<Leftover>,
     cache: Arc<CacheWriter>,
     reading: Arc<Reading>,
     meter: Arc<Meter>,
@@ -106,6 +108,7 @@ impl Assembler {
     pub fn new(
         packs: Packs,
         parent: Option<Arc<Parent>>,
+        leftover: Arc<Leftover>,
         cache: Arc<CacheWriter>,
         reading: Arc<Reading>,
         meter: Arc<Meter>,
@@ -114,6 +117,7 @@ impl Assembler {
         Assembler {
             packs,
             parent,
+            leftover,
             cache,
             reading,
             meter,
@@ -159,6 +163,10 @@ impl Assembler {
     async fn packed(&mut self, packed: Packed) -> Result<()> {
         let Packed { usage, frame, hashes, holds } = packed;
         let place = self.packs.add(frame, usage, hashes);
+        let path = |held: &Held| self.files.get(&held.file).map(|file| file.begun.path.as_str());
+        let run =
+            |held: &Held| (path(held).unwrap_or_default(), held.first_page, held.pages, held.at);
+        self.packs.holds(holds.iter().map(run));
         for held in holds {
             self.file(held.file)?.held.push((place.clone(), held));
         }
@@ -201,7 +209,8 @@ impl Assembler {
         self.meter.file();
         self.bytes += file.size;
         if file.held.is_empty() {
-            return self.entry(file, Vec::new()).await;
+            let reused = file.reused.clone();
+            return self.entry(file, reused).await;
         }
         self.unsealed.push(file);
         let waiting = self.unsealed.len() + self.waiting.len();
@@ -320,8 +329,9 @@ impl Assembler {
         let held = Held { file, first_page: 0, pages: (hashes.len() / 8) as u32, at: 0 };
         let (usage, holds, chunk) = (FrameUse::Small, vec![held], self.cache.chunk(&hashes));
         self.packed(Packed { usage, frame, hashes: hashes.clone(), holds }).await?;
-        let (state, doubts) = (PartState::Whole, Vec::new());
-        self.read(vec![Part { file, part: 0, bytes: size, state, hashes, chunk, doubts }]).await
+        let (state, doubts, reused) = (PartState::Whole, Vec::new(), Vec::new());
+        let part = Part { file, part: 0, bytes: size, state, hashes, chunk, doubts, reused };
+        self.read(vec![part]).await
     }
 
     /// Seals the last frames, then the last maps, then the table: each needs the addresses of the one before.
@@ -344,8 +354,9 @@ impl Assembler {
         if let Some(parent) = &self.parent {
             parent.add_packs(&mut self.usage, &mut epochs, &mut packs)?;
         }
+        self.leftover.add_packs(&mut self.usage, &mut epochs, &mut packs);
         if let Some(pack) = self.usage.rest() {
-            let reason = format!("pack {pack} is neither new nor the parent's");
+            let reason = format!("pack {pack} is neither new, nor the parent's, nor left over");
             return Err(Error::new(Kind::Bug, reason));
         }
         let (bytes, doubts) = (self.bytes, self.doubts);

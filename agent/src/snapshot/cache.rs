@@ -14,6 +14,7 @@ mod wear;
 mod writer;
 
 pub use record::{DoubtRecord, FileRecord, FileStat, SharedPart, Summary};
+pub use wear::path_hash;
 pub use writer::CacheWriter;
 
 use backstay_common::cbor;

@@ -41,6 +41,20 @@ pub async fn branch_of(wal: &watch::Receiver<WalStatus>, timeline: TimelineId) -
     })
 }
 
+/// Fails if nobody has some of the WAL that the snapshot needs: it will never come.
+pub fn no_gap_in(wal: &WalStatus, needed: LsnRange) -> Result<()> {
+    let (Some(start), Some(end)) = (wal.gap_start, wal.gap_end) else { return Ok(()) };
+    match start < needed.end && needed.start < end {
+        false => Ok(()),
+        true => {
+            let gap = LsnRange::new(start, end);
+            let reason = format!("the WAL of {gap} is lost, and the snapshot needs {needed}");
+            Err(Error::new(Kind::Postgres, reason)
+                .remedy("the next attempt begins behind the gap; see `backstay-agent status` for what was slow"))
+        }
+    }
+}
+
 /// A snapshot that is ready to be committed.
 #[derive(Debug)]
 pub struct Commit<'a> {
@@ -162,6 +176,7 @@ impl Commit<'_> {
             if covered >= needed.end {
                 return Ok(());
             }
+            no_gap_in(&self.wal.borrow(), needed)?;
             if covered > best {
                 (best, since) = (covered, Instant::now());
             }

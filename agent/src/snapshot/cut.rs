@@ -65,6 +65,7 @@ pub struct OpenFile {
 #[derive(Debug)]
 pub struct SmallFile {
     pub number: u64,
+    pub path: String,
     pub source: SmallSource,
     pub bytes: usize,
     pub segment: Option<u32>,
@@ -151,7 +152,8 @@ impl Cutter {
             let hashes = known.hashes(part)?;
             let bytes = (size - u64::from(part) * self.part_bytes).min(self.part_bytes) as u32;
             let (state, chunk) = (PartState::Skipped, self.links.cache.chunk(&hashes));
-            Ok(Part { file: number, part, bytes, state, hashes, chunk, doubts: Vec::new() })
+            let (doubts, reused) = (Vec::new(), Vec::new());
+            Ok(Part { file: number, part, bytes, state, hashes, chunk, doubts, reused })
         };
         for first in (0..known.parts()).step_by(STRETCH_PARTS as usize) {
             let parts = first..known.parts().min(first + STRETCH_PARTS);
@@ -188,7 +190,7 @@ impl Cutter {
         }
         let number = self.begin(&found, 1, known.clone())?;
         let (source, bytes) = (SmallSource::Disk(found.source), size as usize);
-        self.bundle.push(SmallFile { number, source, bytes, segment, known });
+        self.bundle.push(SmallFile { number, path: found.path, source, bytes, segment, known });
         Ok(())
     }
 

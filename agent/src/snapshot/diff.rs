@@ -62,6 +62,12 @@ pub fn changed(known: Option<&Known>, part: u32, old: &[u8], hashes: &[u8]) -> V
     new.iter().enumerate().map(is_changed).collect()
 }
 
+/// True if a run of which these pages are to be stored is stored whole.
+pub fn is_image(changed: &[bool]) -> bool {
+    let count = changed.iter().filter(|changed| **changed).count();
+    count > 0 && count * 100 >= changed.len() * IMAGE_FROM_PERCENT
+}
+
 impl Differ {
     pub fn new(reading: &Reading, messages: mpsc::Sender<Message>) -> Result<Differ> {
         Ok(Differ {
@@ -75,10 +81,9 @@ impl Differ {
 
     /// Stores what changed of a run: at most a frame's bytes.
     pub fn run(&mut self, pages: Pages<'_>, changed: &[bool]) -> Result<()> {
-        match changed.iter().filter(|changed| **changed).count() {
-            0 => Ok(()),
-            count if count * 100 >= changed.len() * IMAGE_FROM_PERCENT => self.image(pages),
-            _ => self.scattered(pages, changed),
+        match is_image(changed) {
+            true => self.image(pages),
+            false => self.scattered(pages, changed),
         }
     }
 
@@ -101,6 +106,11 @@ impl Differ {
     pub fn send(&self, message: Message) -> Result<()> {
         let given_up = || Error::new(Kind::Cancelled, "the snapshot was given up");
         self.messages.blocking_send(message).map_err(|_| given_up())
+    }
+
+    /// False once the snapshot was given up.
+    pub fn is_wanted(&self) -> bool {
+        !self.messages.is_closed()
     }
 
     fn image(&mut self, pages: Pages<'_>) -> Result<()> {

@@ -1,9 +1,15 @@
 //! What the tests of snapshots share: locations in folders, and a reader of what was stored there.
 
+use super::cache::CacheWriter;
+use super::pace::Pace;
+use super::progress::Meter;
+use super::read::Reading;
+use super::readers::Pool;
 use super::ship::{Fleet, Parcel};
 use crate::epochs::Epochs;
 use crate::writer::Writer;
 use backstay_common::cluster::ClusterRecord;
+use backstay_common::config::Priority;
 use backstay_common::id::{SnapshotId, SystemId};
 use backstay_common::keys::Keyring;
 use backstay_common::keys::file::FileProvider;
@@ -17,6 +23,21 @@ use std::sync::Arc;
 
 pub const SYSTEM: SystemId = SystemId::new(7);
 pub const PAGE: u32 = 8192;
+
+/// Readers that know of nothing older.
+pub fn pool(reading: Arc<Reading>, cache: Arc<CacheWriter>, meter: Arc<Meter>) -> Pool {
+    Pool {
+        reading,
+        parent: None,
+        leftover: Arc::default(),
+        cache,
+        meter,
+        pace: Arc::new(Pace::new(None)),
+        priority: Priority::Normal,
+        readers: 2,
+        jobs_max: 16,
+    }
+}
 
 /// Locations below one folder, named after theirs.
 pub struct Store {

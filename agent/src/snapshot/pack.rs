@@ -3,11 +3,13 @@
 //! A frame has a place at once and an address later: when its pack is sealed, the pack's id and the frame's offset are known. At
 //! any time one pack is being filled and one sealed; how many sealed ones are in memory is [`Fleet`]'s to bound.
 
+use super::leftover::{FrameNote, Journal, PackNote, RunNote};
 use super::progress::Meter;
 use super::ship::{Fleet, Parcel};
 use crate::epochs::Epochs;
 use backstay_common::cbor;
 use backstay_common::id::{EpochId, ObjectId, SystemId};
+use backstay_common::keys::Epoch;
 use backstay_common::name::ObjectName;
 use backstay_common::pool;
 use backstay_common::seal::{self, Draft, Frame, FrameSpan, ObjectKind, Sealed, TAG_BYTES};
@@ -47,6 +49,8 @@ pub struct Packs {
     epochs: Arc<Epochs>,
     fleet: Arc<Fleet>,
     meter: Arc<Meter>,
+    /// Told of what is sealed.
+    journal: Arc<Journal>,
     filling: Filling,
     sealing: JoinSet<Result<(EpochId, PackEntry)>>,
     done: Sealing,
@@ -65,6 +69,15 @@ struct Filling {
     frames: Vec<Frame>,
     meta: PackMeta,
     bytes: usize,
+    notes: Notes,
+}
+
+/// Which pages the frames of a pack hold.
+#[derive(Debug, Default)]
+struct Notes {
+    paths: Vec<String>,
+    /// By the number of the frame.
+    frames: Vec<(usize, Vec<RunNote>)>,
 }
 
 impl Packs {
@@ -73,9 +86,10 @@ impl Packs {
         epochs: Arc<Epochs>,
         fleet: Arc<Fleet>,
         meter: Arc<Meter>,
+        journal: Arc<Journal>,
     ) -> Packs {
         let (filling, sealing, done) = (Filling::default(), JoinSet::new(), Sealing::default());
-        Packs { system, epochs, fleet, meter, filling, sealing, done }
+        Packs { system, epochs, fleet, meter, journal, filling, sealing, done }
     }
 
     /// Puts a frame into the pack that is being filled.
@@ -85,6 +99,20 @@ impl Packs {
         self.filling.frames.push(frame);
         self.filling.meta.frames.push(PackFrame { usage, hashes });
         place
+    }
+
+    /// Says what pages the frame that was added last holds, in their order: the file's path, its first page, how many, and
+    /// where the first lies in the frame.
+    pub fn holds<'p>(&mut self, runs: impl Iterator<Item = (&'p str, u32, u32, u32)>) {
+        let notes = &mut self.filling.notes;
+        let runs = runs.map(|(path, first_page, pages, at)| {
+            if notes.paths.last().is_none_or(|last| last != path) {
+                notes.paths.push(path.to_string());
+            }
+            RunNote { path: notes.paths.len() as u32 - 1, first_page, pages, at }
+        });
+        let runs = runs.collect();
+        notes.frames.push((self.filling.frames.len() - 1, runs));
     }
 
     pub fn is_full(&self) -> bool {
@@ -99,13 +127,21 @@ impl Packs {
             return Ok(());
         }
         let (fleet, epochs, meter) = (self.fleet.clone(), self.epochs.clone(), self.meter.clone());
-        let system = self.system;
+        let (system, journal) = (self.system, self.journal.clone());
         self.sealing.spawn(async move {
             let room = fleet.admit().await?;
             let epoch = epochs.current().await?;
             let id = epoch.id();
             let slot = filled.slot.clone();
-            let sealed = pool::run(move || seal_pack(filled, &epoch, system)).await?;
+            let sealed = pool::run(move || {
+                let (sealed, note, hashes) = seal_pack(filled, &epoch, system);
+                // Before it can be stored, so that no pages are stored which are not noted.
+                if !note.frames.is_empty() {
+                    journal.note(note, &hashes);
+                }
+                sealed
+            });
+            let sealed = sealed.await?;
             let entry = entry(&sealed);
             meter.sealed(entry.size);
             let known = slot.0.set((entry.id(), sealed.spans));
@@ -141,14 +177,20 @@ impl Packs {
     }
 }
 
-fn seal_pack(filled: Filling, epoch: &backstay_common::keys::Epoch, system: SystemId) -> Sealed {
-    let draft = Draft {
-        kind: ObjectKind::Pack,
-        plain: Vec::new(),
-        frames: filled.frames,
-        meta: cbor::encode(&filled.meta),
+/// Also what is to be noted of it, and the page hashes that belong to that.
+fn seal_pack(filled: Filling, epoch: &Epoch, system: SystemId) -> (Sealed, PackNote, Vec<u8>) {
+    let Filling { frames, meta, notes, .. } = filled;
+    let draft =
+        Draft { kind: ObjectKind::Pack, plain: Vec::new(), frames, meta: cbor::encode(&meta) };
+    let sealed = seal::seal(draft, epoch, |id| ObjectName::Pack { system, id });
+    let (entry, mut hashes) = (entry(&sealed), Vec::new());
+    let frame = |(number, runs): (usize, Vec<RunNote>)| {
+        hashes.extend_from_slice(&meta.frames[number].hashes);
+        FrameNote { frame: FrameRef { pack: entry.id(), span: sealed.spans[number] }, runs }
     };
-    seal::seal(draft, epoch, |id| ObjectName::Pack { system, id })
+    let frames = notes.frames.into_iter().map(frame).collect();
+    let note = PackNote { epoch: epoch.id(), entry, paths: notes.paths, frames };
+    (sealed, note, hashes)
 }
 
 /// `epoch` is filled in by whoever keeps the list of epochs, `live_bytes` by whoever knows which frames are used.
@@ -160,5 +202,6 @@ fn entry(sealed: &Sealed) -> PackEntry {
         size: sealed.bytes.len() as u64,
         hash: sealed.hash(),
         live_bytes: 0,
+        frame_bytes: Some(sealed.spans.iter().map(|span| u64::from(span.sealed_bytes)).sum()),
     }
 }

@@ -6,6 +6,7 @@
 
 use super::cache::{self, Cache, Known};
 use super::hash_key;
+use super::leftover;
 use super::rebuild;
 use super::remote::{Remote, Shape};
 use super::session::Source;
@@ -92,12 +93,7 @@ impl Parent {
                 *self.plain.epochs.get(entry.epoch as usize).ok_or_else(|| {
                     Error::new(Kind::Corrupt, "the parent names a pack of no epoch")
                 })?;
-            let at = epochs.iter().position(|known| *known == epoch);
-            entry.epoch = at.unwrap_or(epochs.len()) as u32;
-            if at.is_none() {
-                epochs.push(epoch);
-            }
-            packs.push(entry);
+            leftover::add_pack(epoch, entry, epochs, packs);
         }
         Ok(())
     }
@@ -128,8 +124,10 @@ fn keeps(worn: &HashSet<ObjectId>, bytes: &BytesRef) -> bool {
 
 /// The packs of which too little is in use.
 pub fn worn_packs(plain: &ManifestPlain) -> HashSet<ObjectId> {
+    // The footer is no less in use for being large: of frames of zeros it is nearly all of the pack.
     let is_worn = |pack: &&PackEntry| {
-        pack.live_bytes.saturating_mul(100) < pack.size.saturating_mul(PACK_LIVE_MIN_PERCENT)
+        let frame_bytes = pack.frame_bytes.unwrap_or(pack.size);
+        pack.live_bytes.saturating_mul(100) < frame_bytes.saturating_mul(PACK_LIVE_MIN_PERCENT)
     };
     plain.packs.iter().filter(is_worn).map(PackEntry::id).collect()
 }

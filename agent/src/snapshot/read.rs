@@ -6,25 +6,29 @@
 //!
 //! What arrived over the network can't be read again: a page that is wrong is a doubt at once.
 //!
-//! The page cache stays the database's: what a read brings into it is dropped again.
+//! The page cache stays the database's: what a read brings into it is dropped again (`aside`).
 //!
 //! A page that equals the parent's is not held to its checksum again, unless the parent's was wrong.
+
+mod aside;
 
 use super::assemble::{Doubt, Message, Part, PartState};
 use super::cache::{CacheWriter, Known};
 use super::cut::{Job, SMALL_BELOW, SmallFile, SmallSource, Source, Stretch};
 use super::diff::{self, Differ, tight};
+use super::leftover::Leftover;
+use super::overlay::Stored;
+use super::pace::Pace;
 use super::progress::Meter;
 use super::walk::unreadable;
+use aside::read_full;
 use backstay_common::lsn::Lsn;
 use backstay_common::page::{self, PageState};
 use backstay_common::seal::{FRAME_BYTES_MAX, Frame, Packer};
 use backstay_common::snapshot::page_hash;
 use backstay_common::{Context, Error, Result};
-use rustix::io::{Errno, ReadWriteFlags};
 use std::fs::File;
 use std::io::{self, ErrorKind};
-use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::mpsc::Receiver;
 use std::sync::{Arc, Mutex};
@@ -55,6 +59,8 @@ pub struct Reader {
     reading: Arc<Reading>,
     meter: Arc<Meter>,
     cache: Arc<CacheWriter>,
+    leftover: Arc<Leftover>,
+    pace: Arc<Pace>,
     differ: Differ,
     buffer: Vec<u8>,
 }
@@ -64,10 +70,13 @@ impl Reader {
         reading: Arc<Reading>,
         meter: Arc<Meter>,
         cache: Arc<CacheWriter>,
+        leftover: Arc<Leftover>,
+        pace: Arc<Pace>,
         messages: mpsc::Sender<Message>,
     ) -> Result<Reader> {
         let differ = Differ::new(&reading, messages)?;
-        Ok(Reader { reading, meter, cache, differ, buffer: vec![0; FRAME_BYTES_MAX] })
+        let buffer = vec![0; FRAME_BYTES_MAX];
+        Ok(Reader { reading, meter, cache, leftover, pace, differ, buffer })
     }
 
     /// Works until there are no more jobs, or nobody wants what becomes of them. Blocks.
@@ -110,6 +119,7 @@ impl Reader {
         let buffer = &mut self.buffer[..whole];
         let (handle, read) = match &stretch.source {
             Source::Disk(handle) => {
+                self.pace.wait(whole as u64, || self.differ.is_wanted());
                 let read = read_full(handle, buffer, offset).context("its pages")?;
                 (Some(&**handle), read)
             }
@@ -123,12 +133,32 @@ impl Reader {
         let known = file.known.as_deref();
         let compared = compare(&self.reading, plain, &pages, known, part)?;
         let Compared { hashes, changed, doubts } = compared;
+        let (reused, changed) = self.reuse(&file.path, first, &hashes, changed)?;
         let (file, plain) = (file.number, &self.buffer[..read]);
         self.differ.run(diff::Pages { file, first, plain, hashes: &hashes }, &changed)?;
         self.meter.read(whole as u64);
         let state = if read == whole { PartState::Whole } else { PartState::Short };
         let (bytes, chunk) = (read as u32, self.cache.chunk(&hashes));
-        Ok(Part { file, part, bytes, state, hashes, chunk, doubts })
+        Ok(Part { file, part, bytes, state, hashes, chunk, doubts, reused })
+    }
+
+    /// What of the changed pages an interrupted snapshot has stored, and which are still to be stored. Where most are, the run
+    /// is stored whole.
+    fn reuse(
+        &self,
+        path: &str,
+        first: u32,
+        hashes: &[u8],
+        changed: Vec<bool>,
+    ) -> Result<(Vec<Stored>, Vec<bool>)> {
+        let mut rest = changed.clone();
+        let reused = self.leftover.find(path, first, hashes, &mut rest)?;
+        if reused.is_empty() || diff::is_image(&rest) {
+            return Ok((Vec::new(), changed));
+        }
+        let pages: u64 = reused.iter().map(|stored| u64::from(stored.pages)).sum();
+        self.leftover.count(pages * u64::from(self.reading.page_bytes));
+        Ok((reused, rest))
     }
 
     fn bundle(&mut self, files: &[SmallFile]) -> Result<Vec<Part>> {
@@ -143,6 +173,7 @@ impl Reader {
         let (file, bytes) = match &small.source {
             SmallSource::Disk(path) => match File::open(path) {
                 Ok(file) => {
+                    self.pace.wait(small.bytes as u64, || self.differ.is_wanted());
                     let read = read_full(&file, buffer, 0).map_err(|e| unreadable(path, e))?;
                     (Some(file), read)
                 }
@@ -157,13 +188,26 @@ impl Reader {
         let compared = compare(&self.reading, plain, &pages, known, 0)?;
         let Compared { hashes, changed, doubts } = compared;
         let is_same = known.is_some_and(|known| known.record.size == bytes as u64);
+        let mut reused = Vec::new();
         if bytes > 0 && (!is_same || changed.contains(&true)) {
-            let plain = &self.buffer[..bytes];
-            self.differ.small(diff::Pages { file: number, first: 0, plain, hashes: &hashes })?;
+            reused = self.leftover.find(&small.path, 0, &hashes, &mut vec![true; changed.len()])?;
+            // It is all there, in order, or it is stored again.
+            if reused.len() == 1 && reused[0].pages as usize == changed.len() {
+                self.leftover.count(bytes as u64);
+            } else {
+                reused.clear();
+                let plain = &self.buffer[..bytes];
+                self.differ.small(diff::Pages {
+                    file: number,
+                    first: 0,
+                    plain,
+                    hashes: &hashes,
+                })?;
+            }
         }
         let state = if bytes == small.bytes { PartState::Whole } else { PartState::Short };
         let (bytes, chunk) = (bytes as u32, self.cache.chunk(&hashes));
-        Ok(Part { file: number, part: 0, bytes, state, hashes, chunk, doubts })
+        Ok(Part { file: number, part: 0, bytes, state, hashes, chunk, doubts, reused })
     }
 }
 
@@ -306,35 +350,6 @@ fn reread(file: &File, page: &mut [u8], offset: u64) -> io::Result<bool> {
         page.copy_from_slice(&again);
     }
     Ok(whole)
-}
-
-/// Reads until `buffer` is full or the file ends; how much.
-fn read_full(file: &File, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
-    let mut done = 0;
-    while done < buffer.len() {
-        match read_aside(file, &mut buffer[done..], offset + done as u64) {
-            Ok(0) => break,
-            Ok(read) => done += read,
-            Err(e) if e.kind() == ErrorKind::Interrupted => {}
-            Err(e) => return Err(e),
-        }
-    }
-    Ok(done)
-}
-
-/// `RWF_DONTCACHE` of Linux 6.14 ("include/uapi/linux/fs.h"): what the read brings into the page cache leaves it again, and
-/// what was there before stays.
-const DONT_CACHE: ReadWriteFlags = ReadWriteFlags::from_bits_retain(0x80);
-
-/// Reads without evicting what the database had cached, where kernel and file system can do that; else plainly.
-fn read_aside(file: &File, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
-    let mut buffers = [io::IoSliceMut::new(buffer)];
-    match rustix::io::preadv2(file, &mut buffers, offset, DONT_CACHE) {
-        Err(Errno::OPNOTSUPP | Errno::INVAL | Errno::NOSYS | Errno::PERM) => {
-            file.read_at(buffer, offset)
-        }
-        read => Ok(read?),
-    }
 }
 
 /// Reads `global/pg_control` whole; its own checksum says that it is.

@@ -10,14 +10,19 @@
 use super::label::BackupLabel;
 use crate::connect;
 use crate::context::AgentContext;
+use crate::wal::WalStatus;
 use backstay_common::control::{self, ControlFile};
 use backstay_common::id::SnapshotId;
-use backstay_common::lsn::Lsn;
+use backstay_common::lsn::{Lsn, LsnRange};
 use backstay_common::postgres::{Connection, Mode, literal};
 use backstay_common::segment::TimelineId;
 use backstay_common::{Context, Error, Kind, Result};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
+use tokio::sync::watch;
 
+/// How often the backup session is looked after while files are read.
+const SESSION_CHECKED_EVERY: Duration = Duration::from_secs(15);
 /// How far `postmaster.pid` and the server may differ about when it started, in seconds.
 const START_TOLERANCE: i64 = 60;
 
@@ -202,5 +207,30 @@ fn is_served(data_dir: &Path, started: i64, port: i64) -> Result<()> {
     match (number(2), number(3)) {
         (Some(at), Some(on)) if (at - started).abs() <= START_TOLERANCE && on == port => Ok(()),
         _ => Err(fault("its postmaster.pid is of another server than the one asked".into())),
+    }
+}
+
+/// What must hold while files are read.
+pub struct Watch<'a> {
+    pub session: &'a mut Session,
+    pub wal: &'a watch::Receiver<WalStatus>,
+    /// From where on the snapshot needs WAL.
+    pub needed: Lsn,
+}
+
+impl Watch<'_> {
+    /// Does `work`, and fails as soon as the backup session or WAL that it needs is lost.
+    pub async fn during<T>(&mut self, work: impl Future<Output = Result<T>>) -> Result<T> {
+        let mut work = std::pin::pin!(work);
+        loop {
+            tokio::select! {
+                done = &mut work => return done,
+                () = tokio::time::sleep(SESSION_CHECKED_EVERY) => {
+                    // What is lost by now was written before the backup ends.
+                    super::commit::no_gap_in(&self.wal.borrow(), LsnRange::new(self.needed, Lsn::MAX))?;
+                    self.session.check().await?;
+                }
+            }
+        }
     }
 }

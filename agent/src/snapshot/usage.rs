@@ -75,6 +75,7 @@ mod tests {
             size: 1000,
             hash: [0; 32],
             live_bytes: 999,
+            frame_bytes: None,
         };
         assert!(usage.settle(&mut entry));
         assert_eq!(entry.live_bytes, 200);

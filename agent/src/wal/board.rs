@@ -4,8 +4,10 @@
 use super::frontier::Frontier;
 use super::line::Line;
 use super::shelf::Shelf;
+use super::slot::SlotStatus;
 use backstay_common::config::Acknowledge;
-use backstay_common::lsn::Lsn;
+use backstay_common::id::Branch;
+use backstay_common::lsn::{Lsn, LsnRange};
 use backstay_common::pgtime::PgTime;
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
@@ -46,9 +48,20 @@ pub struct Server {
     pub quiet: Option<(Lsn, PgTime)>,
     /// Its shutdown checkpoint came then, and nothing after it.
     pub leaving: Option<Instant>,
-    /// Where the WAL goes on behind the last gap.
-    pub gap_end: Option<Lsn>,
+    /// Our slot, when the server was last asked.
+    pub slot: Option<SlotStatus>,
+    pub gap: Option<LastGap>,
     pub last_error: Option<String>,
+}
+
+/// The last gap that was met, in this life of the agent or before.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LastGap {
+    pub range: LsnRange,
+    /// Nobody has its WAL. False where a history was left.
+    pub is_lost: bool,
+    /// None where it was not known yet.
+    pub branch: Option<Branch>,
 }
 
 /// How a location fares.

@@ -3,17 +3,31 @@
 //! A span is cut when it is full, and that is not decided here but by position. A piece is cut early, so that
 //! WAL does not wait for its span: when the oldest byte that is in no object is `flush_interval` old; or, where
 //! locations and not the spool acknowledge, as soon as a commit waits, but never two within
-//! [`COMMIT_PAUSE`]; or at once when the server is about to leave. Only one cut waits to be sealed at a time,
+//! [`COMMIT_PAUSE`]; or at once when the server is about to leave. Only one piece waits to be sealed at a time,
 //! so that a slow sealer gets greater pieces, not more.
+//!
+//! Commits that wait make many small pieces. After [`GROUP_PIECES`] of them their whole range is cut once more, as one longer
+//! piece that supersedes them: so a span has never more than some hundreds of objects, however long it takes to
+//! fill, and a location that was away gets those and not thousands.
 
 use backstay_common::config::{Acknowledge, DurabilitySettings};
-use backstay_common::lsn::LsnRange;
+use backstay_common::lsn::{Lsn, LsnRange};
 use backstay_common::pgtime::PgTime;
-use backstay_common::wal::Summary;
+use backstay_common::wal::{Decoder, Summary};
 use std::time::{Duration, Instant};
 
 /// Between two pieces that are cut for commits.
 pub const COMMIT_PAUSE: Duration = Duration::from_millis(5);
+
+/// So many pieces in a row are cut once more, as one.
+pub const GROUP_PIECES: u32 = 256;
+
+/// Commits behind a span's border wait for the rest of the span. It goes ahead as a piece if it is no longer than this;
+/// else the span itself is hardly slower.
+pub const TAIL_BYTES_MAX: u64 = 1 << 20;
+
+/// A commit that is further than this behind the server's end is not cut for: the next span is due at once.
+pub const BEHIND_BYTES: u64 = 16 << 20;
 
 /// A run of WAL that shall become an object.
 #[derive(Clone, Debug, PartialEq)]
@@ -22,6 +36,36 @@ pub struct Cut {
     pub summary: Summary,
     /// What the server's clock showed when it had no WAL beyond the range.
     pub clock: Option<PgTime>,
+    /// It holds nothing that commits wait for: it is a whole span, or pieces in one.
+    pub is_patient: bool,
+}
+
+/// Pieces in a row that are in no longer object yet.
+#[derive(Debug)]
+pub struct Group {
+    from: Lsn,
+    pub pieces: u32,
+    /// Of the records that end in them.
+    pub summary: Summary,
+    pub first_record: Option<Lsn>,
+}
+
+impl Group {
+    /// None yet; the first will begin at `from`.
+    pub fn from(from: Lsn) -> Group {
+        Group { from, pieces: 0, summary: Summary::default(), first_record: None }
+    }
+
+    /// All of them as one, up to `end`, which `decoder` has reached.
+    pub fn cut(self, end: Lsn, decoder: &Decoder, clock: Option<PgTime>) -> Cut {
+        let mut summary = self.summary;
+        summary.first_record = self.first_record;
+        if summary.first_record.is_some() {
+            summary.last_record = decoder.last_record();
+            summary.last_record_end = Some(decoder.record_end());
+        }
+        Cut { range: LsnRange::new(self.from, end), summary, clock, is_patient: true }
+    }
 }
 
 /// What the settings say about pieces.
@@ -29,7 +73,7 @@ pub struct Cut {
 pub struct Rules {
     flush_interval: Duration,
     /// Commits wait for locations.
-    commits_wait: bool,
+    pub commits_wait: bool,
 }
 
 impl Rules {
@@ -38,6 +82,11 @@ impl Rules {
             flush_interval: settings.flush_interval,
             commits_wait: settings.acknowledge != Acknowledge::Spool,
         }
+    }
+
+    /// The same where no commit is cut for.
+    pub fn without_commits(self) -> Rules {
+        Rules { commits_wait: false, ..self }
     }
 }
 
@@ -91,10 +140,12 @@ impl Uncut {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use backstay_common::config::OnSpoolFull;
 
     fn rules(acknowledge: Acknowledge) -> Rules {
         let flush_interval = Duration::from_secs(5);
-        Rules::new(&DurabilitySettings { acknowledge, flush_interval })
+        let on_spool_full = OnSpoolFull::Hold;
+        Rules::new(&DurabilitySettings { acknowledge, flush_interval, on_spool_full })
     }
 
     #[test]

@@ -5,6 +5,7 @@
 //! second goes. A crash repeats the step that it interrupted: equal bytes under an equal name.
 
 use super::WalPath;
+use super::board::LastGap;
 use super::spool::sync_folder;
 use backstay_common::gap::{Cause, Gap};
 use backstay_common::id::Branch;
@@ -34,6 +35,13 @@ pub struct Kept {
     /// Of which line; its branch may not be known yet.
     pub line: u32,
     pub branch: Option<Branch>,
+}
+
+impl Kept {
+    pub fn in_short(&self) -> LastGap {
+        let range = LsnRange::new(self.start, self.end);
+        LastGap { range, is_lost: self.cause != Cause::Diverged, branch: self.branch }
+    }
 }
 
 /// The folder `gaps` of a spool. All methods block.
@@ -197,7 +205,7 @@ async fn seal(path: &Arc<WalPath>, number: u32) -> Result<Option<(ObjectName, By
 }
 
 impl WalPath {
-    /// Keeps a gap, durably, and raises the alarm. Blocks for moments.
+    /// Keeps a gap of the current line, durably, and raises the alarm. Blocks for moments.
     pub fn record_gap(
         &self,
         gap: LsnRange,
@@ -205,16 +213,27 @@ impl WalPath {
         branch: Option<Branch>,
         detail: String,
     ) -> Result<()> {
-        let alarm = if cause == Cause::Diverged { "wal-diverged" } else { "wal-gap" };
-        self.context.alarms.raise(alarm, "", &detail);
         let (line, of_line) = self.board.read(|state| {
             (state.current, state.lines.get(&state.current).and_then(|line| line.branch()))
         });
-        let branch = branch.or(of_line);
+        self.record_gap_of(line, branch.or(of_line), gap, cause, detail)
+    }
+
+    /// The same of any line.
+    pub fn record_gap_of(
+        &self,
+        line: u32,
+        branch: Option<Branch>,
+        LsnRange { start, end }: LsnRange,
+        cause: Cause,
+        detail: String,
+    ) -> Result<()> {
+        let alarm = if cause == Cause::Diverged { "wal-diverged" } else { "wal-gap" };
+        self.context.alarms.raise(alarm, "", &detail);
         let noticed = jiff::Timestamp::now();
-        let (start, end) = (gap.start, gap.end);
-        self.gaps.keep(&Kept { start, end, cause, detail, noticed, line, branch })?;
-        self.board.update(|state| state.server.gap_end = Some(gap.end));
+        let kept = Kept { start, end, cause, detail, noticed, line, branch };
+        self.gaps.keep(&kept)?;
+        self.board.update(|state| state.server.gap = Some(kept.in_short()));
         Ok(())
     }
 }

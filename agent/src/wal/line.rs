@@ -9,15 +9,15 @@
 use super::cut::Cut;
 use super::spool::{Spool, sync_folder};
 use backstay_common::id::Branch;
-use backstay_common::lsn::Lsn;
+use backstay_common::lsn::{Lsn, LsnRange};
 use backstay_common::origin::Beginnings;
 use backstay_common::segment::TimelineId;
 use backstay_common::{Context, Result};
 use std::collections::VecDeque;
 use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::sync::Mutex;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, MutexGuard};
 use tokio::sync::watch;
 
 #[derive(Debug)]
@@ -26,11 +26,18 @@ pub struct Line {
     pub beginnings: Beginnings,
     pub spool: Spool,
     branch: watch::Sender<Option<Branch>>,
-    cuts: Mutex<VecDeque<Cut>>,
-    /// Cuts that are not on the shelf yet.
-    unsealed: AtomicUsize,
+    /// Pieces, and what is patient.
+    lanes: [Mutex<Lane>; 2],
     /// Nothing will be added any more.
     ended: AtomicBool,
+}
+
+/// Cuts that wait to be sealed.
+#[derive(Debug, Default)]
+struct Lane {
+    cuts: VecDeque<Cut>,
+    /// Those that are not on the shelf yet, waiting or taken.
+    unsealed: Vec<LsnRange>,
 }
 
 impl Line {
@@ -95,8 +102,7 @@ impl Line {
             beginnings,
             spool,
             branch: watch::Sender::new(branch),
-            cuts: Mutex::default(),
-            unsealed: AtomicUsize::new(0),
+            lanes: Default::default(),
             ended: AtomicBool::new(false),
         }
     }
@@ -116,23 +122,41 @@ impl Line {
         Ok(())
     }
 
-    pub fn push_cut(&self, cut: Cut) {
-        self.unsealed.fetch_add(1, Ordering::AcqRel);
-        self.cuts.lock().expect("no panic while held").push_back(cut);
+    fn lane(&self, is_patient: bool) -> MutexGuard<'_, Lane> {
+        self.lanes[usize::from(is_patient)].lock().expect("no panic while held")
     }
 
-    pub fn pop_cut(&self) -> Option<Cut> {
-        self.cuts.lock().expect("no panic while held").pop_front()
+    pub fn push_cut(&self, cut: Cut) {
+        let mut lane = self.lane(cut.is_patient);
+        lane.unsealed.push(cut.range);
+        lane.cuts.push_back(cut);
+    }
+
+    /// The next piece, or the next cut that is patient: they are sealed beside each other.
+    pub fn pop_cut(&self, is_patient: bool) -> Option<Cut> {
+        self.lane(is_patient).cuts.pop_front()
     }
 
     /// A cut that was taken is on the shelf.
-    pub fn cut_is_sealed(&self) {
-        self.unsealed.fetch_sub(1, Ordering::AcqRel);
+    pub fn cut_is_sealed(&self, cut: &Cut) {
+        self.lane(cut.is_patient).unsealed.retain(|range| *range != cut.range);
     }
 
     /// True if every cut is on the shelf.
     pub fn is_sealed(&self) -> bool {
-        self.unsealed.load(Ordering::Acquire) == 0
+        self.pieces_are_sealed() && self.lane(true).unsealed.is_empty()
+    }
+
+    /// True if every piece is on the shelf.
+    pub fn pieces_are_sealed(&self) -> bool {
+        self.lane(false).unsealed.is_empty()
+    }
+
+    /// From where on sealing still reads the spool.
+    pub fn unsealed_from(&self) -> Option<Lsn> {
+        let first =
+            |lane: MutexGuard<'_, Lane>| lane.unsealed.iter().map(|range| range.start).min();
+        first(self.lane(false)).into_iter().chain(first(self.lane(true))).min()
     }
 
     pub fn end(&self) {

@@ -6,14 +6,19 @@
 //! the folder `sealed` hold, and goes on from there.
 
 use super::WalPath;
-use super::cut::{COMMIT_PAUSE, Cut, Rules, Uncut};
+use super::cut::{
+    BEHIND_BYTES, COMMIT_PAUSE, Cut, GROUP_PIECES, Group, Rules, TAIL_BYTES_MAX, Uncut,
+};
 use super::line::Line;
+use super::release::release_oldest;
 use super::spool::is_no_space;
+use backstay_common::config::OnSpoolFull;
 use backstay_common::lsn::{Lsn, LsnRange, covered_until};
 use backstay_common::pgtime::PgTime;
 use backstay_common::wal::{DecodeError, Decoder, EventKind, Summary, WalVersion};
 use backstay_common::{Context, Error, Kind, Result};
 use bytes::Bytes;
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::sync::mpsc;
@@ -21,6 +26,8 @@ use tokio_util::sync::CancellationToken;
 
 /// How long a full spool is left alone.
 const HOLD: Duration = Duration::from_millis(250);
+/// How long it must have been full before anything is given up.
+const RELEASE_PATIENCE: Duration = Duration::from_secs(5);
 /// Bytes read from the spool at once.
 const BLOCK_BYTES: u64 = 1 << 20;
 
@@ -72,6 +79,12 @@ pub struct Pipeline {
     /// Of the records of this span.
     span: Summary,
     span_first_record: Option<Lsn>,
+    /// The pieces that are not in a longer object yet.
+    group: Group,
+    /// Borders of spans whose pieces are sealed and that are not sealed whole.
+    lacking: BTreeSet<Lsn>,
+    /// How far the server's WAL reached, by its last message.
+    server_end: Lsn,
     /// All before it has been cut.
     cut_from: Lsn,
     /// Nothing after it is cut: after a crash the beginning of a record at the spool's end may be anything, until the
@@ -83,6 +96,8 @@ pub struct Pipeline {
     clock: Option<PgTime>,
     /// The last shutdown checkpoint.
     shutdown: Option<Lsn>,
+    /// When the spool became full, if it is.
+    full_since: Option<Instant>,
 }
 
 impl Pipeline {
@@ -92,8 +107,10 @@ impl Pipeline {
         let begin = line.spool.begin();
         let mut sealed = path.board.read(|state| state.shelf.ranges(line.number));
         let cut_from = covered_until(begin, &mut sealed);
+        let lacking = lacking_whole(begin, cut_from, &sealed);
         // A record that began in the span before is read whole.
-        let from = span_before(cut_from.min(line.spool.end())).max(begin);
+        let first = lacking.first().map_or(cut_from, |border| Lsn::new(border.get() - 1));
+        let from = span_before(first.min(line.spool.end())).max(begin);
         let mut pipeline = Pipeline {
             decoder: decoder(&path, &line, from)?,
             proven: begin,
@@ -102,10 +119,14 @@ impl Pipeline {
             piece: Summary::default(),
             span: Summary::default(),
             span_first_record: None,
+            group: Group::from(cut_from),
+            lacking,
+            server_end: Lsn::INVALID,
             cut_from,
             uncut: Uncut::default(),
             clock: None,
             shutdown: None,
+            full_since: None,
             path,
             line,
         };
@@ -161,6 +182,7 @@ impl Pipeline {
         let from = span_before(self.cut_from.min(valid)).max(self.line.spool.begin());
         self.decoder = decoder(&self.path, &self.line, from)?;
         (self.piece, self.span, self.span_first_record) = Default::default();
+        self.group = Group::from(self.cut_from);
         self.decode_again(from)
     }
 
@@ -207,8 +229,8 @@ impl Pipeline {
     ) -> Result<(), Fault> {
         let mut bell = self.path.board.listen();
         loop {
-            let due = self.uncut.due(&self.rules);
-            let is_sealed = self.line.is_sealed();
+            let due = self.due();
+            let is_sealed = self.line.pieces_are_sealed();
             let message = tokio::select! {
                 biased;
                 message = messages.recv() => message,
@@ -227,6 +249,7 @@ impl Pipeline {
     async fn take(&mut self, message: Message, over: &CancellationToken) -> Result<(), Fault> {
         match message {
             Message::Wal { start, bytes, server_end, clock } => {
+                self.server_end = server_end;
                 self.take_wal(start, &bytes, over).await?;
                 self.take_clock(server_end, clock);
             }
@@ -246,12 +269,18 @@ impl Pipeline {
         }
     }
 
+    /// When a piece is due. Far behind the server, spans do instead of pieces for each commit.
+    fn due(&self) -> Option<Instant> {
+        let is_behind = self.server_end.get() > self.position().get() + BEHIND_BYTES;
+        self.uncut.due(&if is_behind { self.rules.without_commits() } else { self.rules })
+    }
+
     /// Commits that came together are cut together, but none waits for those that keep coming.
     fn cut_if_late(&mut self, is_idle: bool) -> Result<()> {
         let now = Instant::now();
         let patience = if is_idle { Duration::ZERO } else { COMMIT_PAUSE };
-        match self.uncut.due(&self.rules) {
-            Some(due) if due + patience <= now && self.line.is_sealed() => self.cut_piece(),
+        match self.due() {
+            Some(due) if due + patience <= now && self.line.pieces_are_sealed() => self.cut_piece(),
             _ => Ok(()),
         }
     }
@@ -320,15 +349,17 @@ impl Pipeline {
         self.feed(&bytes[..split])?;
         if self.decoder.position() == self.cut_from {
             self.finish_piece();
+            self.group = Group::from(self.cut_from);
         }
         self.feed(&bytes[split..])
     }
 
     fn feed(&mut self, bytes: &[u8]) -> Result<(), DecodeError> {
-        let Pipeline { decoder, piece, span, uncut, shutdown, .. } = self;
+        let Pipeline { decoder, piece, span, group, uncut, shutdown, .. } = self;
         decoder.feed(bytes, &mut |event| {
             piece.note(&event);
             span.note(&event);
+            group.summary.note(&event);
             match event.kind {
                 EventKind::Checkpoint { shutdown: true, .. } => *shutdown = Some(event.start),
                 _ if event.target_time().is_some() => uncut.commit(),
@@ -344,11 +375,27 @@ impl Pipeline {
         if end != end.span_start() || end > self.line.spool.end() {
             return;
         }
+        self.cut_tail(end);
         let summary = self.finish_span();
-        if end > self.cut_from {
+        self.group = Group::from(end);
+        if end > self.cut_from || self.lacking.remove(&end) {
             let span = Lsn::new(end.get() - 1).span_start();
             let start = span.max(self.line.spool.begin());
-            self.push(Cut { range: LsnRange::new(start, end), summary, clock: self.clock });
+            let range = LsnRange::new(start, end);
+            self.push(Cut { range, summary, clock: self.clock, is_patient: true });
+            self.lacking.remove(&end);
+        }
+    }
+
+    /// What is left of a span goes ahead of it, if commits wait and the rest is short.
+    fn cut_tail(&mut self, end: Lsn) {
+        let span = Lsn::new(end.get() - 1).span_start();
+        let is_tail = span < self.cut_from && self.cut_from < end && end <= self.proven;
+        if self.rules.commits_wait && is_tail && end.since(self.cut_from) <= TAIL_BYTES_MAX {
+            let summary = self.finish_piece();
+            let range = LsnRange::new(self.cut_from, end);
+            self.push(Cut { range, summary, clock: self.clock, is_patient: false });
+            self.lacking.insert(end);
         }
     }
 
@@ -361,12 +408,18 @@ impl Pipeline {
         }
         let summary = self.finish_piece();
         let range = LsnRange::new(self.cut_from, end);
-        self.push(Cut { range, summary, clock: self.clock });
+        self.push(Cut { range, summary, clock: self.clock, is_patient: false });
+        self.group.pieces += 1;
+        if self.group.pieces >= GROUP_PIECES {
+            let group = std::mem::replace(&mut self.group, Group::from(end));
+            self.hand_over(group.cut(end, &self.decoder, self.clock));
+        }
         Ok(())
     }
 
     fn push(&mut self, cut: Cut) {
-        let before = std::mem::replace(&mut self.cut_from, cut.range.end);
+        let next = self.cut_from.max(cut.range.end);
+        let before = std::mem::replace(&mut self.cut_from, next);
         self.uncut.cut(Instant::now());
         match cut.range.end <= self.proven {
             true => self.hand_over(cut),
@@ -375,6 +428,7 @@ impl Pipeline {
     }
 
     fn hand_over(&self, cut: Cut) {
+        tracing::trace!(range = %cut.range, "cut");
         self.line.push_cut(cut);
         self.path.board.ring();
     }
@@ -382,6 +436,7 @@ impl Pipeline {
     fn finish_piece(&mut self) -> Summary {
         let piece = self.piece.finish(&mut self.decoder);
         self.span_first_record = self.span_first_record.or(piece.first_record);
+        self.group.first_record = self.group.first_record.or(piece.first_record);
         piece
     }
 
@@ -422,40 +477,55 @@ impl Pipeline {
         Ok(Fault::Broken(fault))
     }
 
-    /// Waits while the spool holds as much as it may.
-    async fn wait_for_room(&self, over: &CancellationToken) -> Result<(), Fault> {
+    /// Waits while the spool holds as much as it may, or makes room.
+    async fn wait_for_room(&mut self, over: &CancellationToken) -> Result<(), Fault> {
         let max = self.path.context.settings.spool.bytes_max;
-        let alarms = &self.path.context.alarms;
         loop {
             let used = self.path.board.read(|state| state.spool_bytes());
+            // It stays an alarm while room is made a file at a time.
+            if used < max / 10 * 9 {
+                self.full_since = None;
+                self.path.context.alarms.clear("spool-full", "");
+            }
             if used < max {
-                alarms.clear("spool-full", "");
                 return Ok(());
             }
-            let reason =
-                format!("the spool holds {used} of {max} bytes: WAL is left at the server");
-            alarms.raise("spool-full", "", reason);
-            hold(over).await?;
+            if !self.make_room("", &format!("the spool holds {used} of {max} bytes"))? {
+                hold(over).await?;
+            }
         }
     }
 
-    async fn append(&self, bytes: &[u8], over: &CancellationToken) -> Result<(), Fault> {
-        let alarms = &self.path.context.alarms;
+    /// Raises the alarm, and gives up the oldest WAL if the operator wants that. False if there is nothing to do but wait.
+    fn make_room(&mut self, subject: &str, why: &str) -> Result<bool> {
+        let is_release =
+            self.path.context.settings.durability.on_spool_full == OnSpoolFull::Release;
+        // Locations that are there, and only slow to answer, are waited for.
+        let full_since = *self.full_since.get_or_insert_with(Instant::now);
+        let uncut = self.withheld.first().map_or(self.cut_from, |(before, _)| *before);
+        let is_made = is_release
+            && full_since.elapsed() >= RELEASE_PATIENCE
+            && release_oldest(&self.path, uncut.min(self.proven))?;
+        let what = if is_made { "the oldest WAL is given up" } else { "WAL is left at the server" };
+        self.path.context.alarms.raise("spool-full", subject, format!("{why}: {what}"));
+        Ok(is_made)
+    }
+
+    async fn append(&mut self, bytes: &[u8], over: &CancellationToken) -> Result<(), Fault> {
         if bytes.is_empty() {
             return Ok(());
         }
         loop {
             match self.line.spool.append(bytes) {
                 Ok(()) => {
-                    alarms.clear("spool-full", "disk");
+                    self.path.context.alarms.clear("spool-full", "disk");
                     return Ok(());
                 }
                 Err(error) if is_no_space(&error) => {
                     let folder = self.line.spool.folder();
-                    let reason =
-                        format!("{}: {error}: WAL is left at the server", folder.display());
-                    alarms.raise("spool-full", "disk", reason);
-                    hold(over).await?;
+                    if !self.make_room("disk", &format!("{}: {error}", folder.display()))? {
+                        hold(over).await?;
+                    }
                 }
                 Err(error) => {
                     let failed: Result<()> = Err(error).context("append to the spool");
@@ -478,6 +548,21 @@ async fn sleep_until(due: Option<Instant>) {
         Some(due) => tokio::time::sleep_until(due.into()).await,
         None => std::future::pending().await,
     }
+}
+
+/// The borders up to `end` of spans that no single one of the `sealed` ranges holds, though all of them together do.
+fn lacking_whole(begin: Lsn, end: Lsn, sealed: &[LsnRange]) -> BTreeSet<Lsn> {
+    let mut border = begin.next_span();
+    let borders = std::iter::from_fn(|| {
+        let this = border;
+        border = border.next_span();
+        (this <= end).then_some(this)
+    });
+    let is_whole = |border: &Lsn| {
+        let start = Lsn::new(border.get() - 1).span_start().max(begin);
+        sealed.iter().any(|range| range.start <= start && range.end == *border)
+    };
+    borders.filter(|border| !is_whole(border)).collect()
 }
 
 /// The start of the span before that of `lsn`.

@@ -164,6 +164,7 @@ impl Receiver {
         let (written, flushed) =
             self.path.board.read(|s| (s.frontier.received(), s.frontier.acknowledged()));
         self.reported = flushed;
+        tracing::trace!(%flushed, "acknowledged");
         self.stream.send_status(written.max(flushed), flushed, flushed, reply_requested).await
     }
 

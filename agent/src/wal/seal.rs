@@ -1,7 +1,8 @@
-//! Seals the cuts of one line, in their order, and puts them on the shelf. First it finds the line's branch.
+//! Seals the cuts of one line and puts them on the shelf. First it finds the line's branch.
 //!
-//! One cut at a time: the pool's cores compress and encrypt it while the pipeline goes on. It reads the
-//! bytes back from the spool, so that cuts that wait cost no memory.
+//! Two lanes, so that no commit waits for a span to be compressed: pieces, one at a time, and beside them what is patient,
+//! [`PATIENT_MAX`] at a time. It goes on while the pipeline receives, and reads the bytes back from the spool, so that cuts
+//! that wait cost no memory.
 
 use super::WalPath;
 use super::branch;
@@ -13,9 +14,15 @@ use backstay_common::name::ObjectName;
 use backstay_common::seal::Packer;
 use backstay_common::span::{SpanMeta, seal_wal};
 use backstay_common::{Context, Error, Kind, Result, pool};
+use futures::StreamExt;
+use futures::stream::FuturesUnordered;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+/// As many spans are compressed side by side: memory for each is its WAL and its sealed bytes, at most 32 MiB.
+const PATIENT_MAX: usize = 2;
+/// Less than this is sealed on a thread of its own: it is done before the pool, busy with a snapshot, would begin.
+const SMALL_BYTES: u64 = 1 << 20;
 const RETRY: Duration = Duration::from_secs(1);
 /// zstd's level for WAL: it must keep up with the server on a fraction of a core.
 const LEVEL: i32 = 1;
@@ -23,12 +30,25 @@ const LEVEL: i32 = 1;
 /// Runs until the line has ended and all of it is on the shelf. Safe to drop: what is not on the shelf is cut anew.
 pub async fn run(path: Arc<WalPath>, line: Arc<Line>) -> Result<()> {
     branch::settle(&path, &line).await?;
+    tokio::try_join!(lane(&path, &line, false, 1), lane(&path, &line, true, PATIENT_MAX)).map(drop)
+}
+
+async fn lane(path: &Arc<WalPath>, line: &Arc<Line>, is_patient: bool, most: usize) -> Result<()> {
     let mut bell = path.board.listen();
+    let mut sealing = FuturesUnordered::new();
     loop {
-        match line.pop_cut() {
-            Some(cut) => seal_until_done(&path, &line, cut).await?,
-            None if line.is_ended() => return Ok(()),
-            None => drop(bell.changed().await),
+        let is_ended = line.is_ended();
+        while sealing.len() < most
+            && let Some(cut) = line.pop_cut(is_patient)
+        {
+            sealing.push(seal_until_done(path, line, cut));
+        }
+        if sealing.is_empty() && is_ended {
+            return Ok(());
+        }
+        tokio::select! {
+            Some(done) = sealing.next() => done?,
+            _ = bell.changed(), if sealing.len() < most => {}
         }
     }
 }
@@ -41,7 +61,7 @@ async fn seal_until_done(path: &Arc<WalPath>, line: &Arc<Line>, cut: Cut) -> Res
                 alarms.clear("wal-unsealed", "");
                 path.board.update(|state| {
                     state.shelf.add(item);
-                    line.cut_is_sealed();
+                    line.cut_is_sealed(&cut);
                 });
                 return Ok(());
             }
@@ -60,7 +80,8 @@ async fn seal(path: &Arc<WalPath>, line: &Arc<Line>, cut: Cut) -> Result<Item> {
     let branch = line.branch().ok_or_else(|| Error::new(Kind::Bug, "a line without a branch"))?;
     let epoch = context.epochs.current().await?;
     let (spool, sealed, number) = (line.clone(), path.sealed.clone(), line.number);
-    pool::run(move || {
+    let is_small = cut.range.len() <= SMALL_BYTES;
+    let work = move || {
         let wal = spool.spool.read(cut.range)?;
         let meta = SpanMeta {
             summary: cut.summary,
@@ -87,6 +108,9 @@ async fn seal(path: &Arc<WalPath>, line: &Arc<Line>, cut: Cut) -> Result<Item> {
             Err(error) if is_no_space(&error) => Err(Error::new(Kind::Storage, error)),
             kept => kept.map(|()| item).context("keep a sealed object in the spool"),
         }
-    })
-    .await?
+    };
+    match is_small {
+        true => super::blocking(work).await,
+        false => pool::run(work).await?,
+    }
 }

@@ -72,6 +72,8 @@ struct Entry {
     places: Vec<Place>,
     /// By location: a write failed, and may have stored it all the same.
     doubts: Vec<bool>,
+    /// A longer object is, or was, on the shelf.
+    is_superseded: bool,
 }
 
 impl Entry {
@@ -125,13 +127,31 @@ impl Shelf {
         let item = Arc::new(item);
         for entry in self.line_mut(item.line) {
             if item.supersedes(&entry.item) {
+                entry.is_superseded = true;
                 let waiting = entry.places.iter_mut().filter(|p| **p == Place::Waiting);
                 waiting.for_each(|place| *place = Place::Superseded);
             }
         }
         let places = vec![Place::Waiting; self.required.len()];
         let doubts = vec![false; self.required.len()];
-        self.entries.insert(item.key(), Entry { item, places, doubts });
+        let is_superseded = self.longer(&item).next().is_some();
+        self.entries.insert(item.key(), Entry { item, places, doubts, is_superseded });
+    }
+
+    /// The objects that make `item` superfluous: of its span, and beginning no later.
+    fn longer<'s>(&'s self, item: &'s Item) -> impl Iterator<Item = &'s Entry> {
+        let first = ObjectId::from_bytes([0; 8]);
+        let from = (item.line, item.range.start.span_start(), Lsn::INVALID, first);
+        let to = (item.line, item.range.start.add(1), Lsn::INVALID, first);
+        self.entries.range(from..to).map(|(_, e)| e).filter(|e| e.item.supersedes(item))
+    }
+
+    /// The objects that `item` makes superfluous.
+    fn shorter<'s>(&'s self, item: &'s Item) -> impl Iterator<Item = &'s Entry> {
+        let first = ObjectId::from_bytes([0; 8]);
+        let from = (item.line, item.range.start, Lsn::INVALID, first);
+        let to = (item.line, item.range.end, Lsn::INVALID, first);
+        self.entries.range(from..to).map(|(_, e)| e).filter(|e| item.supersedes(&e.item))
     }
 
     fn line_mut(&mut self, line: u32) -> impl Iterator<Item = &mut Entry> {
@@ -172,12 +192,14 @@ impl Shelf {
         self.coverage.contains_key(&(location, line))
     }
 
-    /// The next object for `location`, whose line has been listed. It counts as being sent until [`Shelf::sent`] or
-    /// [`Shelf::failed`].
-    pub fn next(&mut self, location: usize) -> Option<Arc<Item>> {
+    /// The next object for `location`, whose line has been listed, of at most so many bytes. It counts as being sent
+    /// until [`Shelf::sent`] or [`Shelf::failed`].
+    pub fn next(&mut self, location: usize, bytes_max: u64) -> Option<Arc<Item>> {
         let coverage = &self.coverage;
         let entry = self.entries.values_mut().find(|e| {
-            e.places[location] == Place::Waiting && coverage.contains_key(&(location, e.item.line))
+            e.places[location] == Place::Waiting
+                && e.item.size <= bytes_max
+                && coverage.contains_key(&(location, e.item.line))
         })?;
         entry.places[location] = Place::Sending;
         Some(entry.item.clone())
@@ -211,15 +233,14 @@ impl Shelf {
     }
 
     /// True if `location` got a longer object while this one was on its way.
-    fn is_overtaken(&mut self, location: usize, item: &Item) -> bool {
-        self.line_mut(item.line)
-            .any(|e| e.places[location] == Place::Stored && e.item.supersedes(item))
+    fn is_overtaken(&self, location: usize, item: &Item) -> bool {
+        self.longer(item).any(|e| e.places[location] == Place::Stored)
     }
 
     /// `item` is to be sent again, unless a longer object is on the shelf by now. Returns its name if that one is stored
     /// already, and this one may be too.
     pub fn failed(&mut self, location: usize, item: &Item) -> Option<ObjectName> {
-        let superseded = self.line_mut(item.line).any(|e| e.item.supersedes(item));
+        let superseded = self.longer(item).next().is_some();
         let overtaken = self.is_overtaken(location, item);
         if let Some(entry) = self.entries.get_mut(&item.key()) {
             entry.places[location] = if superseded { Place::Superseded } else { Place::Waiting };
@@ -239,25 +260,38 @@ impl Shelf {
         self.coverage.get(&(location, line)).map_or(Lsn::INVALID, Coverage::end)
     }
 
+    /// How far `location` has all of `line`, whatever it has of the lines before; 0/0 where that is not known.
+    pub fn reach(&self, location: usize, line: u32) -> Lsn {
+        self.coverage.get(&(location, line)).map_or(Lsn::INVALID, Coverage::end)
+    }
+
+    /// The WAL of `line` before `until` is no longer here. Its objects are taken off the shelf, but for those that are on
+    /// their way. Locations that lack some of it are to be listed anew.
+    pub fn give_up(&mut self, line: u32, until: Lsn) -> Vec<Arc<Item>> {
+        self.coverage.retain(|(_, of), coverage| *of != line || coverage.end() >= until);
+        let is_sent = |e: &Entry| e.places.contains(&Place::Sending);
+        let old = self.line_mut(line).filter(|e| e.item.range.end <= until && !is_sent(e));
+        let gone: Vec<Key> = old.map(|e| e.item.key()).collect();
+        gone.iter().filter_map(|key| self.entries.remove(key)).map(|e| e.item).collect()
+    }
+
     /// Takes off the shelf what every location that is waited for has: objects of `line` that end at or before `until`, and pieces for which
-    /// a longer object is there. A piece stays while a location that has it lacks the longer object, or else
-    /// nobody would remember to delete it there. A location that was not waited for must be listed again.
+    /// a longer object is there. A piece stays while a location that has it lacks the longer object, and the longer object
+    /// while a piece is on its way, or else nobody would remember to delete the piece. A location that was not
+    /// waited for must be listed again.
     pub fn retire(&mut self, line: u32, until: Lsn, patience: Patience) -> Vec<Arc<Item>> {
-        let entries: Vec<&Entry> = self.entries.values().filter(|e| e.item.line == line).collect();
+        let is_awaited =
+            |e: &Entry| self.shorter(&e.item).any(|piece| piece.places.contains(&Place::Sending));
         let over = |e: &Entry| {
-            let mut longer =
-                entries.iter().filter(|other| other.item.supersedes(&e.item)).peekable();
-            match longer.peek() {
-                None => e.item.range.end <= until,
-                Some(_) => {
-                    let longer: Vec<_> = longer.collect();
-                    let is_there = |l: usize| longer.iter().any(|o| o.places[l] == Place::Stored);
-                    let is_absent = |l: usize| e.places[l] == Place::Superseded && !e.doubts[l];
-                    (0..self.required.len()).all(|l| is_absent(l) || is_there(l))
-                }
+            if !e.is_superseded || self.longer(&e.item).next().is_none() {
+                return e.item.range.end <= until;
             }
+            let is_there = |l: usize| self.longer(&e.item).any(|o| o.places[l] == Place::Stored);
+            let is_absent = |l: usize| e.places[l] == Place::Superseded && !e.doubts[l];
+            (0..self.required.len()).all(|l| is_absent(l) || is_there(l))
         };
-        let gone = entries.iter().filter(|e| self.is_done(e, patience) && over(e));
+        let of_line = self.entries.values().filter(|e| e.item.line == line);
+        let gone = of_line.filter(|e| self.is_done(e, patience) && over(e) && !is_awaited(e));
         let gone: Vec<Key> = gone.map(|e| e.item.key()).collect();
         let gone: Vec<Entry> = gone.iter().filter_map(|key| self.entries.remove(key)).collect();
         for entry in &gone {
@@ -327,8 +361,8 @@ mod tests {
         let mut shelf = listed(2);
         shelf.add(item(0, 16, 32));
         shelf.add(item(0, 32, 48));
-        let (first, second) = (shelf.next(0).unwrap(), shelf.next(0).unwrap());
-        assert!(shelf.next(0).is_none());
+        let (first, second) = (shelf.next(0, u64::MAX).unwrap(), shelf.next(0, u64::MAX).unwrap());
+        assert!(shelf.next(0, u64::MAX).is_none());
         shelf.sent(0, &second);
         assert_eq!(shelf.frontier(0, 0), Lsn::new(16 * MIB));
         shelf.sent(0, &first);
@@ -341,10 +375,10 @@ mod tests {
     fn nothing_is_sent_to_a_location_that_was_not_listed() {
         let mut shelf = Shelf::new(vec![true]);
         shelf.add(item(0, 16, 32));
-        assert!(shelf.next(0).is_none());
+        assert!(shelf.next(0, u64::MAX).is_none());
         assert_eq!(shelf.frontier(0, 0), Lsn::INVALID);
         shelf.listed(0, 0, Lsn::new(16 * MIB), &[]);
-        assert!(shelf.next(0).is_some());
+        assert!(shelf.next(0, u64::MAX).is_some());
     }
 
     #[test]
@@ -354,8 +388,8 @@ mod tests {
         let span = (LsnRange::new(Lsn::new(32 * MIB), Lsn::new(48 * MIB)), ObjectId::random());
         [&there, &piece, &missing].into_iter().for_each(|i| shelf.add(i.clone()));
         shelf.listed(0, 0, Lsn::new(16 * MIB), &[(there.range, there.id), span]);
-        assert_eq!(shelf.next(0).map(|i| i.id), Some(missing.id));
-        assert!(shelf.next(0).is_none());
+        assert_eq!(shelf.next(0, u64::MAX).map(|i| i.id), Some(missing.id));
+        assert!(shelf.next(0, u64::MAX).is_none());
         assert_eq!(shelf.frontier(0, 0), Lsn::new(48 * MIB));
     }
 
@@ -365,12 +399,16 @@ mod tests {
         let (early, late, span) = (item(0, 16, 18), item(0, 18, 20), item(0, 16, 32));
         shelf.add(early.clone());
         shelf.add(late.clone());
-        let sending = shelf.next(0).unwrap();
+        let sending = shelf.next(0, u64::MAX).unwrap();
         assert_eq!(sending.id, early.id);
         assert!(shelf.sent(0, &sending).is_empty());
         shelf.add(span.clone());
-        assert_eq!(shelf.next(0).unwrap().id, span.id, "the second piece is not sent any more");
-        assert_eq!(shelf.next(1).unwrap().id, span.id);
+        assert_eq!(
+            shelf.next(0, u64::MAX).unwrap().id,
+            span.id,
+            "the second piece is not sent any more"
+        );
+        assert_eq!(shelf.next(1, u64::MAX).unwrap().id, span.id);
         assert_eq!(shelf.sent(0, &span), vec![early.name()]);
         assert!(shelf.sent(1, &span).is_empty());
         let gone: Vec<_> = shelf.retire(0, Lsn::INVALID, WithAll).iter().map(|i| i.id).collect();
@@ -384,7 +422,7 @@ mod tests {
         let (piece, span) = (item(0, 16, 18), item(0, 16, 32));
         shelf.add(piece.clone());
         for location in 0..2 {
-            let sending = shelf.next(location).unwrap();
+            let sending = shelf.next(location, u64::MAX).unwrap();
             shelf.sent(location, &sending);
         }
         shelf.add(span.clone());
@@ -402,7 +440,7 @@ mod tests {
             let mut shelf = listed(1);
             let piece = item(0, 16, 18);
             shelf.add(piece.clone());
-            let sending = shelf.next(0).unwrap();
+            let sending = shelf.next(0, u64::MAX).unwrap();
             let mut gone = Vec::new();
             for step in 0..3 {
                 if step == failed_after {
@@ -424,22 +462,114 @@ mod tests {
         let mut shelf = listed(1);
         let (piece, span) = (item(0, 16, 18), item(0, 16, 32));
         shelf.add(piece.clone());
-        let sending = shelf.next(0).unwrap();
+        let sending = shelf.next(0, u64::MAX).unwrap();
         shelf.add(span.clone());
         assert!(shelf.sent(0, &span).is_empty());
         assert_eq!(shelf.sent(0, &sending), vec![piece.name()]);
+    }
+
+    /// A write takes its time while the server goes on by two spans, as it does at each end of a backup.
+    #[test]
+    fn a_piece_that_comes_after_its_span_has_left_the_shelf_is_deleted() {
+        for fails in [false, true] {
+            let mut shelf = listed(1);
+            let (piece, span) = (item(0, 16, 18), item(0, 16, 32));
+            shelf.add(piece.clone());
+            let sending = shelf.next(0, u64::MAX).unwrap();
+            shelf.add(span.clone());
+            shelf.next(0, u64::MAX).unwrap();
+            assert_eq!(shelf.sent(0, &span), []);
+            assert_eq!(shelf.retire(0, span.range.end, WithAll), [], "the piece is on its way");
+            let gone: Vec<ObjectName> = match fails {
+                true => shelf.failed(0, &sending).into_iter().collect(),
+                false => shelf.sent(0, &sending),
+            };
+            assert_eq!(gone, [piece.name()]);
+            assert_eq!(shelf.next(0, u64::MAX), None);
+            assert_eq!(shelf.retire(0, span.range.end, WithAll).len(), 2);
+        }
     }
 
     #[test]
     fn what_failed_is_sent_again_unless_it_is_superfluous() {
         let mut shelf = listed(1);
         shelf.add(item(0, 16, 18));
-        let piece = shelf.next(0).unwrap();
+        let piece = shelf.next(0, u64::MAX).unwrap();
         shelf.failed(0, &piece);
-        assert_eq!(shelf.next(0).unwrap().id, piece.id);
+        assert_eq!(shelf.next(0, u64::MAX).unwrap().id, piece.id);
         shelf.add(item(0, 16, 32));
         shelf.failed(0, &piece);
-        assert_ne!(shelf.next(0).unwrap().id, piece.id);
+        assert_ne!(shelf.next(0, u64::MAX).unwrap().id, piece.id);
+    }
+
+    #[test]
+    fn a_small_object_need_not_wait_for_a_great_one() {
+        let mut shelf = listed(1);
+        shelf.add(Item { size: 1000, ..item(0, 16, 32) });
+        let piece = item(0, 32, 33);
+        shelf.add(piece.clone());
+        assert_eq!(shelf.next(0, 100).map(|i| i.id), Some(piece.id));
+        assert!(shelf.next(0, 100).is_none());
+        assert!(shelf.next(0, 1000).is_some());
+    }
+
+    #[test]
+    fn what_is_given_up_is_not_sent_and_the_rest_is_when_it_was_listed_anew() {
+        let mut shelf = listed(2);
+        let (old, sending, new) = (item(0, 16, 32), item(0, 32, 48), item(0, 48, 64));
+        [&old, &sending, &new].into_iter().for_each(|i| shelf.add(i.clone()));
+        for _ in 0..3 {
+            let next = shelf.next(0, u64::MAX).unwrap();
+            shelf.sent(0, &next);
+        }
+        assert_eq!(shelf.reach(0, 0), Lsn::new(64 * MIB));
+        let first = shelf.next(1, u64::MAX).unwrap();
+        shelf.failed(1, &first);
+        let gone = shelf.give_up(0, Lsn::new(48 * MIB));
+        assert_eq!(gone.iter().map(|i| i.id).collect::<Vec<_>>(), [old.id, sending.id]);
+        assert_eq!(shelf.frontier(0, 0), Lsn::new(64 * MIB), "it lacks nothing");
+        assert!(!shelf.is_listed(1, 0) && shelf.is_listed(0, 0));
+        assert!(shelf.next(1, u64::MAX).is_none());
+        shelf.listed(1, 0, Lsn::new(48 * MIB), &[]);
+        assert_eq!(shelf.next(1, u64::MAX).map(|i| i.id), Some(new.id));
+        shelf.sent(1, &new);
+        assert_eq!(shelf.frontier(1, 0), Lsn::new(64 * MIB));
+        // What is under way is not taken from under the sender.
+        let mut shelf = listed(1);
+        shelf.add(old.clone());
+        let sending = shelf.next(0, u64::MAX).unwrap();
+        assert!(shelf.give_up(0, Lsn::new(48 * MIB)).is_empty());
+        shelf.sent(0, &sending);
+        assert_eq!(shelf.give_up(0, Lsn::new(48 * MIB)).len(), 1);
+    }
+
+    #[test]
+    fn groups_of_pieces_go_when_their_span_is_there() {
+        let mut shelf = listed(2);
+        let items =
+            [item(0, 16, 18), item(0, 18, 20), item(0, 16, 20), item(0, 20, 21), item(0, 16, 32)];
+        let mut gone = Vec::new();
+        for next in &items {
+            shelf.add(next.clone());
+            // The second location is down.
+            let sending = shelf.next(0, u64::MAX).unwrap();
+            gone.extend(shelf.sent(0, &sending));
+        }
+        let names = |items: &[Item]| items.iter().map(Item::name).collect::<Vec<_>>();
+        let [a, b, group, c, span] = items;
+        let deleted = names(&[a.clone(), b.clone(), a, group, b, c]);
+        gone.sort_by_key(ToString::to_string);
+        let mut expected = deleted;
+        expected.sort_by_key(ToString::to_string);
+        assert_eq!(gone, expected, "each when a longer one is stored; twice does no harm");
+        assert_eq!(
+            shelf.retire(0, Lsn::INVALID, WithAll).len(),
+            4,
+            "nobody lacks what is in the span"
+        );
+        assert_eq!(shelf.backlog(1).0, 1, "all that the second will ever get");
+        shelf.sent(1, &span);
+        assert_eq!(shelf.retire(0, span.range.end, WithAll).len(), 1);
     }
 
     #[test]
@@ -448,7 +578,7 @@ mod tests {
         shelf.add(item(0, 16, 18));
         shelf.add(item(1, 16, 32));
         shelf.listed(0, 1, Lsn::new(16 * MIB), &[]);
-        let (old, new) = (shelf.next(0).unwrap(), shelf.next(0).unwrap());
+        let (old, new) = (shelf.next(0, u64::MAX).unwrap(), shelf.next(0, u64::MAX).unwrap());
         shelf.sent(0, &new);
         assert_eq!(shelf.frontier(0, 1), Lsn::INVALID);
         shelf.sent(0, &old);
@@ -461,12 +591,12 @@ mod tests {
         let mut shelf = Shelf::new(vec![true, false]);
         (0..2).for_each(|l| shelf.listed(l, 0, Lsn::new(16 * MIB), &[]));
         shelf.add(item(0, 16, 32));
-        let sent = shelf.next(0).unwrap();
+        let sent = shelf.next(0, u64::MAX).unwrap();
         shelf.sent(0, &sent);
         let until = Lsn::new(32 * MIB);
         assert_eq!(shelf.retire(0, until, WithAll), []);
         assert!(!shelf.is_line_done(0, WithAll) && shelf.is_line_done(0, WithRequired));
-        let on_its_way = shelf.next(1).unwrap();
+        let on_its_way = shelf.next(1, u64::MAX).unwrap();
         assert_eq!(shelf.retire(0, until, WithRequired), [], "it is being sent");
         shelf.failed(1, &on_its_way);
         assert_eq!(shelf.retire(0, until, WithRequired).len(), 1);
@@ -479,7 +609,7 @@ mod tests {
     fn a_required_location_is_always_waited_for() {
         let mut shelf = listed(2);
         shelf.add(item(0, 16, 32));
-        let sent = shelf.next(0).unwrap();
+        let sent = shelf.next(0, u64::MAX).unwrap();
         shelf.sent(0, &sent);
         assert_eq!(shelf.retire(0, Lsn::new(32 * MIB), WithRequired), []);
     }

@@ -1,8 +1,9 @@
 //! Ships what is on the shelf to one location. Each location has such a task, and none waits for another.
 //!
 //! First the location is listed, then it gets what it lacks: up to [`PUTS_MAX`] objects at a time, each tried until it
-//! is there. Wraps go before an object, and a branch's origin before its WAL. A crash leaves objects that are
-//! whole or not there; the next listing tells which.
+//! is there. Great ones share [`SENDING_BYTES_MAX`]; small ones, which commits may wait for, need not wait for them. Wraps
+//! go before an object, and a branch's origin before its WAL. Superseded pieces are deleted beside all that. A crash leaves
+//! objects that are whole or not there; the next listing tells which.
 
 use super::WalPath;
 use super::fill;
@@ -21,19 +22,25 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio_util::sync::CancellationToken;
 
-const PUTS_MAX: usize = 4;
-/// No further object is read into memory while so many bytes are on their way.
+/// So that a commit every 5 ms can wait for a store that takes 160 ms.
+const PUTS_MAX: usize = 32;
+/// No further object is read into memory while so many bytes are on their way,
 const SENDING_BYTES_MAX: u64 = 24 << 20;
+/// unless it is as small as this.
+const SMALL_BYTES: u64 = 256 << 10;
 const BACKOFF: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(15));
 /// An idle server's head is stored so often.
 const HEAD_EVERY: Duration = Duration::from_secs(300);
 const TICK: Duration = Duration::from_secs(1);
 /// How long after a deletion that failed the next one is tried.
 const DELETE_AGAIN_AFTER: Duration = Duration::from_secs(15);
+/// As many are deleted at once.
+const DELETE_BATCH: usize = 1000;
 /// More superseded pieces than this are left to sync, or to prune.
 const SUPERFLUOUS_MAX: usize = 10_000;
 
 type Sending = FuturesUnordered<BoxFuture<'static, (Arc<Item>, Result<()>)>>;
+type Deleting = FuturesUnordered<BoxFuture<'static, (Vec<ObjectName>, Result<()>)>>;
 
 struct Shipper {
     path: Arc<WalPath>,
@@ -78,7 +85,7 @@ impl Shipper {
     async fn ship(mut self) -> Result<()> {
         let mut bell = self.path.board.listen();
         let mut tick = tokio::time::interval(TICK);
-        let mut sending = Sending::new();
+        let (mut sending, mut deleting) = (Sending::new(), Deleting::new());
         loop {
             if self.retry_at.is_none_or(|at| at <= Instant::now()) {
                 if let Err(error) = self.prepare().await {
@@ -89,8 +96,12 @@ impl Shipper {
             }
             tokio::select! {
                 Some((item, result)) = sending.next() => self.settle(&item, result),
+                Some((names, result)) = deleting.next() => self.deleted(names, result),
                 _ = bell.changed() => {}
-                _ = tick.tick() => self.idle(sending.is_empty()).await,
+                _ = tick.tick() => {
+                    self.delete_superfluous(&mut deleting);
+                    self.idle(sending.is_empty()).await;
+                }
             }
         }
     }
@@ -148,13 +159,14 @@ impl Shipper {
     }
 
     fn start(&mut self, sending: &mut Sending) {
-        while sending.len() < PUTS_MAX && self.sending_bytes < SENDING_BYTES_MAX {
+        while sending.len() < PUTS_MAX {
+            let is_full = self.sending_bytes >= SENDING_BYTES_MAX;
+            let most = if is_full { SMALL_BYTES } else { u64::MAX };
             let location = self.location;
-            let Some(item) = self.path.board.update_quietly(|state| state.shelf.next(location))
-            else {
-                return;
-            };
+            let next = self.path.board.update_quietly(|state| state.shelf.next(location, most));
+            let Some(item) = next else { return };
             self.sending_bytes += item.size;
+            tracing::trace!(location, range = %item.range, "put");
             sending.push(Box::pin(send(self.path.clone(), location, item)));
         }
     }
@@ -164,6 +176,7 @@ impl Shipper {
         let location = self.location;
         match result {
             Ok(()) => {
+                tracing::trace!(location, range = %item.range, "stored");
                 let gone = self.path.board.update(|state| state.shelf.sent(location, item));
                 self.superfluous.extend(gone);
                 self.last_stored = Instant::now();
@@ -206,7 +219,7 @@ impl Shipper {
         });
     }
 
-    /// What can wait: heads of an idle server, and the deletion of pieces whose span is there.
+    /// What can wait: the head of an idle server.
     async fn idle(&mut self, nothing_is_sent: bool) {
         if !nothing_is_sent || self.failures > 0 {
             return;
@@ -214,23 +227,31 @@ impl Shipper {
         if let Err(error) = self.store_head().await {
             self.failed(error);
         }
-        self.delete_superfluous().await;
+    }
+
+    /// Begins to delete pieces whose span is there, unless that is under way.
+    fn delete_superfluous(&mut self, deleting: &mut Deleting) {
+        let waits = self.failures > 0 || self.delete_at > Instant::now();
+        if waits || !deleting.is_empty() || self.superfluous.is_empty() {
+            return;
+        }
+        let count = self.superfluous.len().min(DELETE_BATCH);
+        let names: Vec<ObjectName> = self.superfluous.drain(..count).collect();
+        let location = self.path.context.writers[self.location].location().clone();
+        deleting.push(Box::pin(async move {
+            let result = location.delete(&names).await;
+            (names, result)
+        }));
     }
 
     /// What is left is found again by sync; an identity that may not delete leaves it to prune.
-    async fn delete_superfluous(&mut self) {
-        if self.delete_at > Instant::now() {
-            return;
+    fn deleted(&mut self, names: Vec<ObjectName>, result: Result<()>) {
+        if let Err(error) = result {
+            tracing::debug!(%error, "superseded pieces are left for now");
+            self.superfluous.extend(names);
+            self.delete_at = Instant::now() + DELETE_AGAIN_AFTER;
         }
-        let location = self.path.context.writers[self.location].location();
-        match location.delete(&self.superfluous).await {
-            Ok(()) => self.superfluous.clear(),
-            Err(error) => {
-                tracing::debug!(%error, "superseded pieces are left for now");
-                self.superfluous.truncate(SUPERFLUOUS_MAX);
-                self.delete_at = Instant::now() + DELETE_AGAIN_AFTER;
-            }
-        }
+        self.superfluous.truncate(SUPERFLUOUS_MAX);
     }
 
     async fn store_head(&mut self) -> Result<()> {

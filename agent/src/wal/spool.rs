@@ -76,6 +76,11 @@ impl Spool {
         *self.lock().files.first_key_value().expect("a spool has a file").0
     }
 
+    /// Where the oldest file ends and the next begins; none if there is only one.
+    pub fn second(&self) -> Option<Lsn> {
+        self.lock().files.keys().nth(1).copied()
+    }
+
     /// Where the next byte goes.
     pub fn end(&self) -> Lsn {
         self.lock().end()

@@ -24,6 +24,31 @@ pub(super) struct Stores {
     pub(super) writes: Arc<dyn ObjectStore>,
 }
 
+/// Builds both stores over the same credentials from one of `object_store`'s builders, which share no trait.
+macro_rules! stores {
+    ($builder:expr, $settings:expr, $plain:expr) => {{
+        let (builder, settings, plain) = ($builder, $settings, $plain);
+        let refused = |e| $crate::location::fault::config("open", &settings.url, &e);
+        let reads = builder
+            .clone()
+            .with_client_options($crate::location::cloud::reading(settings, plain))
+            .with_retry($crate::location::cloud::reading_retries())
+            .build()
+            .map_err(refused)?;
+        let writes = builder
+            .with_credentials(reads.credentials().clone())
+            .with_client_options($crate::location::cloud::writing(settings, plain))
+            .with_retry($crate::location::cloud::no_retries())
+            .build()
+            .map_err(refused)?;
+        Ok($crate::location::cloud::Stores {
+            reads: std::sync::Arc::new(reads),
+            writes: std::sync::Arc::new(writes),
+        })
+    }};
+}
+pub(super) use stores;
+
 pub(super) fn reading(settings: &LocationSettings, plain: bool) -> ClientOptions {
     writing(settings, plain).with_read_timeout(settings.request_timeout / 2)
 }

@@ -11,7 +11,6 @@ use crate::error::{Error, Kind, Result};
 use object_store::ClientConfigKey;
 use object_store::gcp::{GoogleCloudStorageBuilder, GoogleConfigKey};
 use std::path::Path;
-use std::sync::Arc;
 
 /// Builds both stores. Reads the file with the credentials; asks nothing of the network.
 pub(super) fn open(settings: &LocationSettings, bucket: &str) -> Result<Stores> {
@@ -22,21 +21,8 @@ pub(super) fn open(settings: &LocationSettings, bucket: &str) -> Result<Stores> 
     let allowed = client(ClientConfigKey::AllowHttp).as_deref() == Some("true");
     let endpoint = value(GoogleConfigKey::BaseUrl);
     let plain = cloud::is_plain_http(endpoint.as_deref(), allowed)?;
-    let refused = |e| super::fault::config("open", &settings.url, &e);
     let builder = builder.with_http_connector(connector);
-    let reads = builder
-        .clone()
-        .with_client_options(cloud::reading(settings, plain))
-        .with_retry(cloud::reading_retries())
-        .build()
-        .map_err(refused)?;
-    let writes = builder
-        .with_credentials(reads.credentials().clone())
-        .with_client_options(cloud::writing(settings, plain))
-        .with_retry(cloud::no_retries())
-        .build()
-        .map_err(refused)?;
-    Ok(Stores { reads: Arc::new(reads), writes: Arc::new(writes) })
+    cloud::stores!(builder, settings, plain)
 }
 
 fn builder(settings: &LocationSettings, bucket: &str) -> Result<GoogleCloudStorageBuilder> {

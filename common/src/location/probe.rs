@@ -32,7 +32,10 @@ pub struct Probe {
     pub object_bytes_max: u64,
 }
 
+const FOLDER: &str = "probe/";
 const PROBE_BYTES: usize = 8192;
+/// No probe takes so long: an object of this age is one that could not be deleted.
+const LEFT_AFTER: jiff::SignedDuration = jiff::SignedDuration::from_hours(1);
 /// How often an overloaded store is asked again to delete, so that nothing is left behind.
 const DELETED_AGAIN: usize = 3;
 const DELETED_AGAIN_AFTER: Duration = Duration::from_millis(700);
@@ -41,7 +44,7 @@ impl Location {
     /// Writes, reads, lists and deletes; refuses by name a store that cannot hold a location.
     pub async fn probe(&self) -> Result<Probe> {
         let stamp = u64::from_be_bytes(random_bytes());
-        let folder = format!("probe/{stamp:016x}/");
+        let folder = format!("{FOLDER}{stamp:016x}/");
         let paths = ["1", "2", "3"].map(|n| format!("{folder}{n}"));
         let result = self.try_out(&folder, &paths).await;
         let mut deleted = self.delete_at(&paths).await;
@@ -59,18 +62,21 @@ impl Location {
     }
 
     /// The store's clock, as a fresh object shows it: the one clock that tells how long an object has been there. The
-    /// object, under `probe/`, is deleted again if this identity may.
+    /// object, under `probe/`, is deleted again if this identity may, with those that others could not delete.
     pub async fn clock(&self) -> Result<jiff::Timestamp> {
-        let folder = format!("probe/{:016x}/", u64::from_be_bytes(random_bytes()));
-        let path = format!("{folder}clock");
+        let path = format!("{FOLDER}{:016x}/clock", u64::from_be_bytes(random_bytes()));
         self.put_at(&path, Bytes::from(random_bytes::<16>().to_vec())).await?;
-        let listed = self.list(&folder).await;
-        // Nobody misses what is left under `probe/`.
-        let _ = self.delete_at(std::slice::from_ref(&path)).await;
-        let found = listed?.into_iter().find(|object| object.path == path);
-        found
-            .map(|object| object.modified)
-            .ok_or_else(|| self.unfit("a listing does not show what has just been stored"))
+        let listed = self.list(FOLDER).await;
+        let ours = |object: &&Listed| object.path == path;
+        let now = listed.as_ref().ok().and_then(|all| all.iter().find(ours)).map(|o| o.modified);
+        let is_left = |object: &&Listed| {
+            now.is_some_and(|now| now.duration_since(object.modified) > LEFT_AFTER)
+        };
+        let left = listed.iter().flatten().filter(is_left).map(|object| object.path.clone());
+        // Nobody misses what is left until the next time.
+        let _ = self.delete_at(&left.chain([path.clone()]).collect::<Vec<_>>()).await;
+        listed?;
+        now.ok_or_else(|| self.unfit("a listing does not show what has just been stored"))
     }
 
     async fn try_out(&self, folder: &str, paths: &[String; 3]) -> Result<Probe> {

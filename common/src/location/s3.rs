@@ -24,23 +24,10 @@ pub(super) fn open(settings: &LocationSettings, bucket: &str) -> Result<Stores> 
         value(AmazonS3ConfigKey::S3Endpoint).or_else(|| value(AmazonS3ConfigKey::Endpoint));
     let allowed = client(ClientConfigKey::AllowHttp).as_deref() == Some("true");
     let plain = cloud::is_plain_http(endpoint.as_deref(), allowed)?;
-    let refused = |e| super::fault::config("open", &settings.url, &e);
     // Inside TLS the body needs no signature of its own, and SHA-256 would cost more than the
     // encryption.
     let builder = builder.with_unsigned_payload(!plain).with_http_connector(connector);
-    let reads = builder
-        .clone()
-        .with_client_options(cloud::reading(settings, plain))
-        .with_retry(cloud::reading_retries())
-        .build()
-        .map_err(refused)?;
-    let writes = builder
-        .with_credentials(reads.credentials().clone())
-        .with_client_options(cloud::writing(settings, plain))
-        .with_retry(cloud::no_retries())
-        .build()
-        .map_err(refused)?;
-    Ok(Stores { reads: Arc::new(reads), writes: Arc::new(writes) })
+    cloud::stores!(builder, settings, plain)
 }
 
 /// Environment first, then what the settings say.

@@ -62,6 +62,22 @@ async fn a_location_without_a_cluster_object_says_so() {
 }
 
 #[tokio::test]
+async fn probes_that_were_left_are_deleted_once_they_are_old() {
+    let dir = tempfile::tempdir().unwrap();
+    let here = location(&format!("file://{}", dir.path().display()));
+    for (name, hours) in [("old", 2), ("others", 0)] {
+        let folder = dir.path().join("probe").join(name);
+        std::fs::create_dir_all(&folder).unwrap();
+        let file = std::fs::File::create(folder.join("clock")).unwrap();
+        let age = std::time::Duration::from_secs(hours * 3600);
+        file.set_modified(std::time::SystemTime::now() - age).unwrap();
+    }
+    here.clock().await.unwrap();
+    let left: Vec<String> = here.list("").await.unwrap().into_iter().map(|o| o.path).collect();
+    assert_eq!(left, ["probe/others/clock"]);
+}
+
+#[tokio::test]
 async fn what_a_crash_left_in_a_folder_is_no_object() {
     let dir = tempfile::tempdir().unwrap();
     let here = location(&format!("file://{}", dir.path().display()));

@@ -12,6 +12,10 @@ use crate::snapshot::ManifestPlain;
 use jiff::Timestamp;
 use std::collections::{BTreeMap, BTreeSet};
 
+/// Days of a week, and at most of a month.
+const WEEK_DAYS: u64 = 7;
+const MONTH_DAYS: u64 = 31;
+
 /// What the rules keep, before it is said of each object.
 #[derive(Debug, Default)]
 pub(super) struct Kept {
@@ -147,6 +151,9 @@ impl Judge<'_> {
 
     /// The newest, whatever becomes of it, and the newest that can be restored.
     fn newest(&self, kept: &mut Kept) {
+        if self.rules.is_succeeded {
+            return;
+        }
         let mut all: Vec<&ManifestPlain> = self.view.manifests.values().collect();
         all.sort_by_key(|plain| std::cmp::Reverse((self.view.ended(plain), plain.snapshot)));
         let usable = all.iter().filter(|plain| self.usable.contains(&plain.snapshot));
@@ -169,20 +176,28 @@ impl Judge<'_> {
             let date = time.to_zoned(jiff::tz::TimeZone::UTC).date();
             (date.year(), date.month())
         };
-        self.one_for_each(week, self.rules.weekly, Stays::Weekly, kept);
-        self.one_for_each(month, self.rules.monthly, Stays::Monthly, kept);
+        self.one_for_each(week, (self.rules.weekly, WEEK_DAYS), Stays::Weekly, kept);
+        self.one_for_each(month, (self.rules.monthly, MONTH_DAYS), Stays::Monthly, kept);
     }
 
-    /// The oldest of each period: so the choice does not change while the period goes on.
+    /// The oldest of each period: so the choice does not change while the period goes on. Where no snapshots are added any more,
+    /// the periods are counted by the calendar.
     fn one_for_each(
         &self,
         period: impl Fn(Timestamp) -> (i16, i8),
-        count: usize,
+        (count, days): (usize, u64),
         why: Stays,
         kept: &mut Kept,
     ) {
+        let periods = std::time::Duration::from_secs((count as u64).saturating_mul(days * 86_400));
+        let since = match self.rules.is_succeeded {
+            true => back(self.view.now, periods),
+            false => Timestamp::MIN,
+        };
+        let fits =
+            |p: &&ManifestPlain| self.is_usable_and_trusted(p) && p.snapshot.began() >= since;
         let mut oldest: BTreeMap<(i16, i8), &ManifestPlain> = BTreeMap::new();
-        for plain in self.view.manifests.values().filter(|p| self.is_usable_and_trusted(p)) {
+        for plain in self.view.manifests.values().filter(fits) {
             let first = oldest.entry(period(plain.snapshot.began())).or_insert(plain);
             if plain.snapshot < first.snapshot {
                 *first = plain;
@@ -217,9 +232,9 @@ impl Judge<'_> {
             let Some(line) = self.lines.get(&damaged.branch).filter(|_| !is_its(true)) else {
                 continue;
             };
-            let before = self.on_line(line).into_iter().filter(|plain| plain.stop < damaged.stop);
-            let Some(whole) = before.filter(|plain| self.is_usable_and_trusted(plain)).last()
-            else {
+            let mut before =
+                self.on_line(line).into_iter().filter(|plain| plain.stop < damaged.stop);
+            let Some(whole) = before.rfind(|plain| self.is_usable_and_trusted(plain)) else {
                 continue;
             };
             kept.snapshot(whole, Stays::Damage);
@@ -249,9 +264,16 @@ pub(super) fn running<'a>(
     rules: &Rules,
 ) -> impl Iterator<Item = (Timestamp, &'a crate::snapshot::Begin)> {
     let since = back(view.now, rules.running_max);
+    let abandoned: BTreeSet<SnapshotId> = view
+        .manifests
+        .values()
+        .flat_map(|plain| plain.abandoned.iter().flatten().copied())
+        .collect();
     view.begins.values().filter_map(move |begin| {
         let name = ObjectName::Begin { system: view.system, snapshot: begin.snapshot };
         let begun = view.objects.get(&name)?.stored;
-        (begun >= since && !view.manifests.contains_key(&begin.snapshot)).then_some((begun, begin))
+        let has_ended =
+            view.manifests.contains_key(&begin.snapshot) || abandoned.contains(&begin.snapshot);
+        (begun >= since && !has_ended).then_some((begun, begin))
     })
 }

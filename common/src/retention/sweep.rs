@@ -22,6 +22,7 @@ struct Sweep<'a> {
     edge: Timestamp,
     newest_heads: BTreeMap<&'a AgentName, u64>,
     newest_condemned: Option<&'a ObjectName>,
+    is_succeeded: bool,
     newest_lease: Option<u64>,
     /// Of the snapshots that are listed.
     oldest_generation: Option<u64>,
@@ -53,6 +54,7 @@ pub(super) fn sweep(view: &View, rules: &Rules, kept: Kept) -> Verdict {
         edge: back(back(view.now, rules.window), rules.margin),
         newest_heads,
         newest_condemned,
+        is_succeeded: rules.is_succeeded,
         newest_lease: view.objects.keys().filter_map(generation).max(),
         oldest_generation: view.oldest_generation(),
         kept,
@@ -103,7 +105,9 @@ impl Sweep<'_> {
     /// Why it stays, or else why it may go.
     fn word(&self, name: &ObjectName, seen: &Seen) -> Result<Stays, Gone> {
         match name {
-            ObjectName::Cluster | ObjectName::Wrap { .. } => Ok(Stays::Bookkeeping),
+            ObjectName::Cluster | ObjectName::Accepted { .. } | ObjectName::Wrap { .. } => {
+                Ok(Stays::Bookkeeping)
+            }
             // Judged when it is known what goes.
             ObjectName::Condemned { .. } => Ok(Stays::Bookkeeping),
             ObjectName::Manifest { snapshot, .. } => {
@@ -117,7 +121,7 @@ impl Sweep<'_> {
                 false => Err(Gone::Branch),
             },
             ObjectName::Head { agent, seq, .. } => {
-                let is_newest = self.newest_heads.get(agent) == Some(seq);
+                let is_newest = !self.is_succeeded && self.newest_heads.get(agent) == Some(seq);
                 match is_newest || seen.stored >= self.edge {
                     true => Ok(Stays::Window),
                     false => Err(Gone::Head),
@@ -167,10 +171,12 @@ impl Sweep<'_> {
         }
     }
 
-    /// A snapshot is judged by the leases of later generations, and the newest says who may go on.
+    /// A snapshot is judged by the leases of later generations, and the newest says who may go on: of a system that was
+    /// succeeded until its last snapshot has gone.
     fn lease(&self, generation: u64) -> Result<Stays, Gone> {
         let judges = self.oldest_generation.is_some_and(|oldest| oldest < generation);
-        match judges || self.newest_lease == Some(generation) {
+        let is_over = self.is_succeeded && self.oldest_generation.is_none();
+        match judges || (self.newest_lease == Some(generation) && !is_over) {
             true => Ok(Stays::Bookkeeping),
             false => Err(Gone::Lease),
         }

@@ -68,6 +68,7 @@ impl Story {
             size: 9,
             hash: [0; 32],
             live_bytes: 1,
+            frame_bytes: None,
         };
         let plain = ManifestPlain {
             snapshot,
@@ -87,6 +88,7 @@ impl Story {
             files: 1,
             parent: None,
             corrupt_pages: 0,
+            abandoned: None,
         };
         self.list(ObjectName::Pack { system: SYSTEM, id: pack }, ago(days), 9);
         self.list(ObjectName::Begin { system: SYSTEM, snapshot }, ago(days), 1);
@@ -323,6 +325,13 @@ fn a_running_snapshot_keeps_its_parent_and_all_packs_since_it_was_begun() {
         (verdict.goes.get(&pack(1)), verdict.stays.get(&pack(2))),
         (Some(&Gone::Pack), Some(&Stays::Running))
     );
+    // A later one of the same agent says that it was interrupted.
+    let mut later = story.0.clone();
+    let newest = snapshots.iter().max().unwrap();
+    later.manifests.get_mut(newest).unwrap().abandoned = Some(vec![begun]);
+    let verdict = judge(&later, &week());
+    assert_eq!(verdict.goes[&begin], Gone::Abandoned);
+    assert_eq!(verdict.goes[&pack(2)], Gone::Pack);
     // A week later it has been given up.
     story.0.now = ago(-6.5);
     let verdict = judge(&story.0, &week());
@@ -390,6 +399,17 @@ fn a_lease_stays_while_a_snapshot_is_judged_by_it_and_the_newest_stays() {
     assert_eq!(stays(&story), [false, false, true, true]);
     story.0.manifests.values_mut().for_each(|plain| plain.generation = 4);
     assert_eq!(stays(&story), [false, false, false, true]);
+    // Of a system that was succeeded it stays as long as a snapshot does.
+    let stays = |story: &Story| {
+        let verdict = judge(&story.0, &Rules { is_succeeded: true, ..week() });
+        leases.clone().map(|name| verdict.stays.contains_key(&name))
+    };
+    assert_eq!(stays(&story), [false, false, false, true]);
+    for snapshot in &snapshots {
+        story.0.manifests.remove(snapshot);
+        story.0.begins.remove(snapshot);
+    }
+    assert_eq!(stays(&story), [false; 4]);
 }
 
 #[test]

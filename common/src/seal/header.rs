@@ -45,12 +45,13 @@ pub enum ObjectKind {
     Manifest = 9,
     Pin = 10,
     Condemned = 11,
-    Lease = 12,
-    Gap = 13,
+    Accepted = 12,
+    Lease = 14,
+    Gap = 15,
 }
 
 impl ObjectKind {
-    const ALL: [ObjectKind; 13] = [
+    const ALL: [ObjectKind; 14] = [
         ObjectKind::Cluster,
         ObjectKind::Wrap,
         ObjectKind::Origin,
@@ -62,6 +63,7 @@ impl ObjectKind {
         ObjectKind::Manifest,
         ObjectKind::Pin,
         ObjectKind::Condemned,
+        ObjectKind::Accepted,
         ObjectKind::Lease,
         ObjectKind::Gap,
     ];
@@ -70,6 +72,7 @@ impl ObjectKind {
     pub fn of(name: &ObjectName) -> ObjectKind {
         match name {
             ObjectName::Cluster => ObjectKind::Cluster,
+            ObjectName::Accepted { .. } => ObjectKind::Accepted,
             ObjectName::Wrap { .. } => ObjectKind::Wrap,
             ObjectName::Origin { .. } => ObjectKind::Origin,
             ObjectName::Wal { .. } => ObjectKind::Wal,
@@ -88,7 +91,7 @@ impl ObjectKind {
     /// The only suite in which objects of this kind are written and read.
     pub fn suite(self) -> Suite {
         match self {
-            ObjectKind::Cluster | ObjectKind::Wrap => Suite::Plain,
+            ObjectKind::Cluster | ObjectKind::Wrap | ObjectKind::Accepted => Suite::Plain,
             _ => Suite::Sealed,
         }
     }

@@ -64,6 +64,9 @@ pub struct ManifestPlain {
     /// Pages whose checksum failed for good.
     #[n(16)]
     pub corrupt_pages: u64,
+    /// Snapshots that were begun before by the same agent, and never ended: their `begin` keeps nothing any more.
+    #[n(64)]
+    pub abandoned: Option<Vec<SnapshotId>>,
 }
 
 impl Fields for ManifestPlain {
@@ -105,6 +108,9 @@ pub struct PackEntry {
     /// Sealed bytes of the frames that this snapshot uses.
     #[n(5)]
     pub live_bytes: u64,
+    /// Sealed bytes of all its frames: what is left of `size` is header and footer. None before agents said it.
+    #[n(6)]
+    pub frame_bytes: Option<u64>,
 }
 
 impl PackEntry {
@@ -298,12 +304,14 @@ mod tests {
                 size: 3,
                 hash: [4; 32],
                 live_bytes: 2,
+                frame_bytes: Some(2),
             }],
             database_bytes: 100,
             stored_bytes: 3,
             files: 1,
             parent: None,
             corrupt_pages: 0,
+            abandoned: None,
         };
         let root = Root {
             cluster: "orders".parse().unwrap(),

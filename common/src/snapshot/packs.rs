@@ -5,7 +5,7 @@
 
 use super::{BytesRef, FrameRef, ManifestPlain, PackMeta};
 use crate::cbor;
-use crate::id::{EpochId, ObjectId};
+use crate::id::ObjectId;
 use crate::keys::{Epoch, Keyring};
 use crate::location::Location;
 use crate::name::ObjectName;
@@ -47,7 +47,7 @@ impl PackReader {
     ) -> Result<PackReader> {
         let mut epochs = Vec::with_capacity(plain.epochs.len());
         for &id in &plain.epochs {
-            epochs.push(find_epoch(&locations, keyring, plain, id).await?);
+            epochs.push(keyring.epoch_anywhere(plain.system, id, &locations).await?);
         }
         let bad = || {
             let reason = format!("snapshot {} names a pack of no epoch", plain.snapshot);
@@ -147,20 +147,4 @@ async fn meta_at(pack: &Pack, location: &Location) -> Result<Vec<u8>> {
     let bytes = location.get(&pack.name).await?;
     let (name, epoch) = (pack.name.clone(), pack.epoch.clone());
     pool::run(move || Ok(Object::open(bytes, &name, &epoch)?.meta().to_vec())).await?
-}
-
-async fn find_epoch(
-    locations: &[Location],
-    keyring: &Keyring,
-    plain: &ManifestPlain,
-    id: EpochId,
-) -> Result<Arc<Epoch>> {
-    let mut last = Error::new(Kind::Storage, "no location can be read");
-    for location in locations {
-        match keyring.epoch(plain.system, id, location).await {
-            Ok(epoch) => return Ok(epoch),
-            Err(error) => last = error,
-        }
-    }
-    Err(last)
 }

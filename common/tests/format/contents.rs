@@ -1,5 +1,6 @@
 //! What the fixtures hold.
 
+use backstay_common::cluster::AcceptedRecord;
 use backstay_common::condemned::Condemned;
 use backstay_common::gap::{Cause, Gap};
 use backstay_common::head::Head;
@@ -23,6 +24,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 pub const SYSTEM: SystemId = SystemId::new(7_312_345_678_901_234_567);
+pub const NEXT_SYSTEM: SystemId = SystemId::new(7_412_345_678_901_234_567);
 pub const PAGE: usize = 8192;
 pub const HASH_KEY: [u8; 32] = *b"a key for hashes of test pages..";
 pub const WAL_BYTES: usize = (1 << 20) + 5000;
@@ -172,6 +174,11 @@ pub fn pins() -> [(ObjectName, PinRecord); 2] {
     };
     let name = |seq| ObjectName::Pin { system: SYSTEM, pin: damage_pin(snapshot()), seq };
     [(name(0), pin.clone()), (name(1), PinRecord { until: None, damage: None, ..pin.given_back() })]
+}
+
+/// What `pg_upgrade` made of the cluster.
+pub fn accepted() -> AcceptedRecord {
+    AcceptedRecord { cluster: "orders".parse().unwrap(), system: NEXT_SYSTEM, made: 1_795_399_200 }
 }
 
 pub fn condemned() -> Condemned {

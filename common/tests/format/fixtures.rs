@@ -2,7 +2,7 @@
 
 use crate::contents::*;
 use backstay_common::cbor;
-use backstay_common::cluster::ClusterRecord;
+use backstay_common::cluster::{AcceptedRecord, ClusterRecord, Identity};
 use backstay_common::condemned::Condemned;
 use backstay_common::gap::Gap;
 use backstay_common::head::Head;
@@ -46,7 +46,7 @@ fn of_kind(objects: &BTreeMap<ObjectName, Bytes>, kind: ObjectKind) -> Vec<(&Obj
 #[tokio::test]
 async fn every_object_checks_without_a_key() {
     let (objects, _) = all().await;
-    assert_eq!(objects.len(), 17);
+    assert_eq!(objects.len(), 18);
     for (name, bytes) in &objects {
         assert_eq!(Header::check(bytes, name).unwrap().name(), name);
     }
@@ -60,6 +60,10 @@ async fn every_object_checks_without_a_key() {
     }
     let (name, bytes) = of_kind(&objects, ObjectKind::Condemned).remove(0);
     assert_eq!(Condemned::read(&bytes, name).unwrap(), condemned());
+    let (name, bytes) = of_kind(&objects, ObjectKind::Accepted).remove(0);
+    assert_eq!(AcceptedRecord::read(&bytes, name).unwrap(), accepted());
+    let identity = Identity::read(&location(&fixtures())).await.unwrap();
+    assert_eq!(identity.systems, [(SYSTEM, cluster.made), (NEXT_SYSTEM, accepted().made)]);
     let (name, bytes) = of_kind(&objects, ObjectKind::Lease).remove(0);
     assert_eq!(Lease::read(&bytes, name).unwrap(), lease());
 }
@@ -198,7 +202,10 @@ async fn a_packs_footer_has_the_hashes_of_its_pages() {
 async fn nothing_of_it_can_be_changed() {
     let (objects, epoch) = all().await;
     let sealed = objects.iter().filter(|(name, _)| {
-        !matches!(ObjectKind::of(name), ObjectKind::Cluster | ObjectKind::Wrap)
+        !matches!(
+            ObjectKind::of(name),
+            ObjectKind::Cluster | ObjectKind::Wrap | ObjectKind::Accepted
+        )
     });
     for (name, bytes) in sealed {
         assert!(Object::open(bytes.clone(), name, &Epoch::generate()).is_err(), "{name}");

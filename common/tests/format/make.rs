@@ -59,6 +59,14 @@ async fn make_pins_and_condemned() {
 
 #[tokio::test]
 #[ignore = "fixtures are files, and are never made again"]
+async fn make_accepted() {
+    let (objects, _) = all().await;
+    require_none(&objects, &[ObjectKind::Accepted]);
+    write(&accepted().object());
+}
+
+#[tokio::test]
+#[ignore = "fixtures are files, and are never made again"]
 async fn make_leases_and_gaps() {
     let (objects, epoch) = all().await;
     require_none(&objects, &[ObjectKind::Lease, ObjectKind::Gap]);
@@ -178,6 +186,7 @@ fn manifest(epoch: &Epoch, packs: &[Sealed], table: BytesRef) -> Manifest {
         size: sealed.bytes.len() as u64,
         hash: sealed.hash(),
         live_bytes: sealed.spans.iter().map(|span| u64::from(span.sealed_bytes)).sum(),
+        frame_bytes: None,
     };
     let plain = ManifestPlain {
         snapshot: snapshot(),
@@ -197,6 +206,7 @@ fn manifest(epoch: &Epoch, packs: &[Sealed], table: BytesRef) -> Manifest {
         files: 2,
         parent: begin().parent,
         corrupt_pages: 1,
+        abandoned: None,
     };
     let root = Root {
         cluster: "orders".parse().unwrap(),

@@ -1,6 +1,7 @@
 //! Reading one object from whichever location has it whole.
 
 use super::Access;
+use crate::rounds::Rounds;
 use backstay_common::catalog::Places;
 use backstay_common::id::EpochId;
 use backstay_common::keys::Epoch;
@@ -29,7 +30,7 @@ impl Access {
         self.first_good(name, places, |location| self.read_meta_at(name, size, location)).await
     }
 
-    /// Tries `places` in order until one gives a good answer; what the others lacked is logged.
+    /// Tries `places` in order until one gives a good answer; what the others lacked is logged. Several rounds, where that may help.
     pub(super) async fn first_good<'a, T, F, Fut>(
         &'a self,
         name: &ObjectName,
@@ -40,18 +41,23 @@ impl Access {
         F: Fn(&'a Location) -> Fut,
         Fut: Future<Output = Result<T>>,
     {
-        let mut faults: Vec<Error> = Vec::new();
-        for location in places.iter().filter_map(|index| self.locations.get(index)) {
-            match fetch(location).await {
-                Ok(value) => return Ok(value),
-                Err(error) => {
-                    let place = location.name();
-                    tracing::warn!(object = %name, location = %place, %error, "trying another location");
-                    faults.push(error.context(format!("at {place}")));
+        let mut rounds = Rounds::default();
+        loop {
+            let mut faults: Vec<Error> = Vec::new();
+            for location in places.iter().filter_map(|index| self.locations.get(index)) {
+                match fetch(location).await {
+                    Ok(value) => return Ok(value),
+                    Err(error) => {
+                        let place = location.name();
+                        tracing::warn!(object = %name, location = %place, %error, "trying another location");
+                        faults.push(error.context(format!("at {place}")));
+                    }
                 }
             }
+            if !rounds.again(&faults).await {
+                return Err(no_good_copy(name, faults));
+            }
         }
-        Err(no_good_copy(name, faults))
     }
 
     async fn read_at<T>(&self, name: &ObjectName, location: &Location, open: Open<T>) -> Result<T>

@@ -1,4 +1,5 @@
 use super::*;
+use backstay_common::cluster::{AcceptedRecord, ClusterRecord};
 use backstay_common::name::ObjectName;
 
 fn cluster(name: &str, system: u64) -> ClusterRecord {
@@ -62,4 +63,26 @@ async fn two_clusters_are_refused_by_name() {
     let error = place.access(&[orders, billing]).await.unwrap_err();
     assert_eq!(error.kind(), Kind::Config);
     assert!(error.message().contains("orders") && error.message().contains("billing"), "{error}");
+}
+
+#[tokio::test]
+async fn the_newest_of_the_clusters_systems_is_meant_until_told_otherwise() {
+    let place = Place::new();
+    let old = place.location("old", Some(cluster("orders", 9))).await;
+    let new = place.location("new", Some(cluster("orders", 7))).await;
+    let error = place.access(&[old.clone(), new.clone()]).await.unwrap_err();
+    assert_eq!(error.kind(), Kind::Config, "nothing says that these are one cluster: {error}");
+    let system = SystemId::new(7);
+    let accepted = AcceptedRecord { cluster: "orders".parse().unwrap(), system, made: 5 }.object();
+    let settings = LocationSettings::new("old".parse().unwrap(), old.as_str());
+    let location = Location::open(&settings).unwrap();
+    location.put(&accepted.name, accepted.bytes).await.unwrap();
+    let access = place.access(std::slice::from_ref(&old)).await.unwrap();
+    assert_eq!((access.system, &access.systems[..]), (system, &[system, SystemId::new(9)][..]));
+    // The new location was made for the new system; its record is the older word on it.
+    let both = place.access(&[new, old]).await.unwrap();
+    assert_eq!(both.systems.len(), 2);
+    assert_eq!(both.of(SystemId::new(9)).unwrap().system, SystemId::new(9));
+    let error = both.of(SystemId::new(8)).unwrap_err();
+    assert!(error.to_string().contains("never had the system 8"), "{error}");
 }

@@ -77,6 +77,7 @@ fn entry_of(pack: &Sealed) -> PackEntry {
         size: pack.bytes.len() as u64,
         hash: pack.hash(),
         live_bytes: 1,
+        frame_bytes: None,
     }
 }
 
@@ -221,6 +222,7 @@ impl Stored {
             files: files.len() as u64,
             parent: None,
             corrupt_pages: 0,
+            abandoned: None,
         };
         let root = Root {
             cluster: "orders".parse().unwrap(),

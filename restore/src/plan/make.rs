@@ -7,7 +7,7 @@ use crate::resolve::survey::Survey;
 use crate::resolve::{self, Answer, Restriction};
 use crate::target::Target;
 use backstay_common::catalog::Catalog;
-use backstay_common::id::SnapshotId;
+use backstay_common::id::{SnapshotId, SystemId};
 use backstay_common::lsn::LsnRange;
 use backstay_common::snapshot::ManifestPlain;
 use backstay_common::wal::Minima;
@@ -49,6 +49,46 @@ impl PlanRequest {
 pub async fn make(access: &Access, request: &PlanRequest) -> Result<Plan> {
     let catalog = Catalog::load(&access.locations, access.system).await?;
     make_with(access, Arc::new(catalog), request).await
+}
+
+/// Plans for one of the cluster's systems: `system`, or else the newest, or else the newest that has the time or the snapshot that
+/// is asked for. What was refused of the newest is what is told if none has it.
+pub async fn choose(
+    access: &Access,
+    system: Option<SystemId>,
+    request: &PlanRequest,
+) -> Result<(Access, Arc<Catalog>, Plan)> {
+    let is_dated = matches!(request.target, Target::Time(_) | Target::Snapshot(_))
+        || request.snapshot.is_some();
+    let candidates = match system {
+        Some(system) => vec![system],
+        None if is_dated => access.systems.clone(),
+        None => vec![access.system],
+    };
+    let mut refused = None;
+    for &system in &candidates {
+        let access = access.of(system)?;
+        let catalog = Arc::new(Catalog::load(&access.locations, system).await?);
+        match make_with(&access, catalog.clone(), request).await {
+            Ok(plan) => return Ok((access, catalog, plan)),
+            Err(error) if error.kind() == Kind::Target => drop(refused.get_or_insert(error)),
+            Err(error) => return Err(error),
+        }
+    }
+    let error = refused.expect("there is a system, and it refused");
+    let others: Vec<String> = access
+        .systems
+        .iter()
+        .filter(|s| !candidates.contains(s))
+        .map(ToString::to_string)
+        .collect();
+    if others.is_empty() {
+        return Err(error);
+    }
+    let also =
+        format!("or name another system of this cluster with --system {}", others.join(", "));
+    let remedy = error.remedy_text().map_or(also.clone(), |remedy| format!("{remedy}; {also}"));
+    Err(error.remedy(remedy))
 }
 
 /// Plans from listings that are at hand.

@@ -7,12 +7,13 @@
 use super::survey::Survey;
 use crate::wal_source::WalSource;
 use crate::wal_source::local::LocalWal;
+use backstay_common::catalog::WalEntry;
 use backstay_common::id::Branch;
 use backstay_common::lsn::{Lsn, LsnRange};
 use backstay_common::segment::SegmentSize;
 use backstay_common::span::SpanMeta;
 use backstay_common::wal::{Decoder, PAGE_BYTES, Summary};
-use backstay_common::{Error, Result, pool};
+use backstay_common::{Error, Kind, Result, pool};
 use std::path::Path;
 use std::sync::Arc;
 
@@ -49,13 +50,7 @@ pub async fn extend(survey: &mut Survey, folder: &Path) -> Result<String> {
 }
 
 async fn of_branch(survey: &Survey, branch: Branch, folder: &Path) -> Result<Option<Extension>> {
-    let Some(entry) = survey.source.usable(branch).into_iter().max_by_key(|entry| entry.range.end)
-    else {
-        return Ok(None);
-    };
-    let name = survey.source.name(branch, &entry);
-    let meta = survey.source.access().read_meta(&name, entry.size, entry.places).await?;
-    let meta = SpanMeta::read(&meta)?;
+    let Some((entry, meta)) = newest(survey, branch).await? else { return Ok(None) };
     let Some(size) = SegmentSize::new(meta.segment_bytes) else { return Ok(None) };
     let stored = LsnRange::new(entry.range.start, entry.range.end);
     let from = meta.summary.last_record.unwrap_or(stored.start.align_up(PAGE_BYTES));
@@ -71,6 +66,24 @@ async fn of_branch(survey: &Survey, branch: Branch, folder: &Path) -> Result<Opt
     let Some((end, summary)) = followed.await?? else { return Ok(None) };
     let meta = SpanMeta { summary, clock: None, ..meta };
     Ok(Some(Extension { branch, range: LsnRange::new(stored.end, end), meta: Arc::new(meta) }))
+}
+
+/// The stored object that reaches furthest, and its footer.
+async fn newest(survey: &Survey, branch: Branch) -> Result<Option<(WalEntry, SpanMeta)>> {
+    loop {
+        let stored = survey.source.usable(branch).into_iter();
+        let Some(entry) = stored.max_by_key(|entry| entry.range.end) else { return Ok(None) };
+        let name = survey.source.name(branch, &entry);
+        let read = survey.source.access().read_meta(&name, entry.size, entry.places).await;
+        match read {
+            Ok(meta) => return Ok(Some((entry, SpanMeta::read(&meta)?))),
+            Err(error) if error.kind() != Kind::Missing => return Err(error),
+            Err(error) if !survey.source.pass_over(branch, &entry, &error).await => {
+                return Err(error);
+            }
+            Err(_) => {}
+        }
+    }
 }
 
 /// Goes from the stored WAL `known` of `tail` on through the local files. `None` if they do not begin with it, or have nothing more.

@@ -213,7 +213,7 @@ impl Survey {
             Ok(meta) => Ok(self.footers.keep(entry.id, meta)),
             Err(error) => {
                 let spoilt = matches!(error.kind(), Kind::Corrupt | Kind::Missing);
-                if spoilt && self.source.pass_over(stretch.branch, &entry, &error) {
+                if spoilt && self.source.pass_over(stretch.branch, &entry, &error).await {
                     self.retry.store(true, Ordering::Relaxed);
                 }
                 Err(error)

@@ -1,11 +1,14 @@
 //! The harness' S3 server as a program: for trying things by hand, and for measuring.
 
 use anyhow::{Context, Result};
-use backstay_tests::bucket::{ACCESS_KEY_ID, Bucket, Options, REGION, SECRET_ACCESS_KEY, Tls};
+use backstay_tests::bucket::{
+    ACCESS_KEY_ID, Action, Bucket, Fault, Operation, Options, REGION, SECRET_ACCESS_KEY, Tls,
+};
 use clap::Parser;
 use std::fs;
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::time::Duration;
 
 /// Serves S3 on loopback until it is interrupted.
 #[derive(Parser)]
@@ -23,14 +26,21 @@ struct Args {
     /// Serve TLS, with this certificate chain and key (PEM).
     #[arg(long, num_args = 2, value_names = ["CERT", "KEY"])]
     tls: Option<Vec<PathBuf>>,
+    /// Every PUT takes so many milliseconds longer, as if the store were far away.
+    #[arg(long, default_value_t = 0)]
+    put_delay_ms: u64,
 }
 
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> Result<()> {
     let args = Args::parse();
     let tls = args.tls.as_deref().map(read_tls).transpose()?;
-    let Args { listen, buckets, dir, .. } = args;
+    let Args { listen, buckets, dir, put_delay_ms, .. } = args;
     let server = Bucket::with(Options { listen, buckets, dir, tls, ..Options::default() })?;
+    if put_delay_ms > 0 {
+        let delay = Action::Delay(Duration::from_millis(put_delay_ms));
+        server.faults().add(Fault::on(Operation::Put, delay));
+    }
     println!("endpoint {}", server.endpoint());
     println!("export AWS_ENDPOINT_URL={}", server.endpoint());
     println!("export AWS_ACCESS_KEY_ID={ACCESS_KEY_ID}");

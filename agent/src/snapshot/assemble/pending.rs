@@ -50,6 +50,8 @@ pub struct Part {
     /// Where they are in the new cache.
     pub chunk: u64,
     pub doubts: Vec<Doubt>,
+    /// Pages that an interrupted snapshot has stored, in its frames.
+    pub reused: Vec<Stored>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -67,8 +69,9 @@ pub enum PartState {
 impl Part {
     /// Of a file of one part that is not there any more.
     pub fn vanished(file: u64) -> Part {
-        let (state, hashes, doubts) = (PartState::Vanished, Vec::new(), Vec::new());
-        Part { file, part: 0, bytes: 0, state, hashes, chunk: 0, doubts }
+        let (state, hashes) = (PartState::Vanished, Vec::new());
+        let (doubts, reused) = (Vec::new(), Vec::new());
+        Part { file, part: 0, bytes: 0, state, hashes, chunk: 0, doubts, reused }
     }
 }
 
@@ -92,6 +95,8 @@ pub struct Pending {
     pub digest: FileDigest,
     /// What was stored of it.
     pub held: Vec<(Place, Held)>,
+    /// What an interrupted snapshot stored of it.
+    pub reused: Vec<Stored>,
     /// Where the hashes of its parts are in the new cache.
     pub chunks: Vec<u64>,
     pub doubts: Vec<Doubt>,
@@ -108,6 +113,7 @@ impl Pending {
             size: 0,
             digest: FileDigest::new(),
             held: Vec::new(),
+            reused: Vec::new(),
             chunks: Vec::new(),
             doubts: Vec::new(),
             has_vanished: false,
@@ -131,6 +137,7 @@ impl Pending {
                 self.size += u64::from(part.bytes);
                 self.chunks.push(part.chunk);
                 self.doubts.extend(part.doubts);
+                self.reused.extend(part.reused);
             }
             match part.state {
                 PartState::Whole => {}
@@ -145,13 +152,14 @@ impl Pending {
         }
     }
 
-    /// Where its new frames are; none until all are sealed.
+    /// Where its frames are that the parent does not have; none until all are sealed.
     pub fn stored(&self) -> Option<Vec<Stored>> {
         let stored = |(place, held): &(Place, Held)| {
             let Held { first_page, pages, at, .. } = *held;
             Some(Stored { first_page, pages, frame: place.frame()?, at })
         };
-        self.held.iter().map(stored).collect()
+        let reused = self.reused.iter().map(|stored| Some(*stored));
+        self.held.iter().map(stored).chain(reused).collect()
     }
 }
 

@@ -1,6 +1,8 @@
+use super::super::SnapshotProgress;
+use super::super::fixture::pool;
 use super::super::fixture::{PAGE, ReadBack, SYSTEM, Store};
+use super::super::leftover::Journal;
 use super::super::walk::Tree;
-use super::super::{SnapshotProgress, start_threads};
 use super::pending::*;
 use super::*;
 use backstay_common::cbor;
@@ -31,13 +33,17 @@ fn no_cache(dir: &Path) -> Arc<CacheWriter> {
     Arc::new(CacheWriter::create(dir.join("unused.pages")))
 }
 
+fn no_journal() -> Arc<Journal> {
+    Arc::new(Journal::none())
+}
+
 async fn assembler(dir: &Path, store: &Store) -> Assembler {
     let meter =
         Arc::new(Meter::new(snapshot_id(), watch::Sender::new(SnapshotProgress::default())));
     let fleet = Arc::new(store.fleet(snapshot_id()).await);
     // The packs keep the fleet alive until the last of them is handed over.
-    let packs = Packs::new(SYSTEM, store.epochs.clone(), fleet, meter.clone());
-    Assembler::new(packs, None, no_cache(dir), reading(), meter)
+    let packs = Packs::new(SYSTEM, store.epochs.clone(), fleet, meter.clone(), no_journal());
+    Assembler::new(packs, None, Arc::default(), no_cache(dir), reading(), meter)
 }
 
 async fn settled(fleet: &Arc<super::super::ship::Fleet>) {
@@ -69,10 +75,12 @@ async fn take_in(dir: &Path, store: &Store) -> (Assembled, Vec<FileEntry>) {
     let meter =
         Arc::new(Meter::new(snapshot_id(), watch::Sender::new(SnapshotProgress::default())));
     let fleet = Arc::new(store.fleet(snapshot_id()).await);
-    let packs = Packs::new(SYSTEM, store.epochs.clone(), fleet.clone(), meter.clone());
-    let cache = no_cache(dir);
-    let mut assembler = Assembler::new(packs, None, cache.clone(), reading(), meter.clone());
-    let messages = start_threads(&tree, &reading(), None, cache, meter).unwrap();
+    let packs =
+        Packs::new(SYSTEM, store.epochs.clone(), fleet.clone(), meter.clone(), no_journal());
+    let pool = pool(reading(), no_cache(dir), meter.clone());
+    let (leftover, cache) = (pool.leftover.clone(), pool.cache.clone());
+    let mut assembler = Assembler::new(packs, None, leftover, cache, reading(), meter);
+    let messages = pool.start_on(&tree).unwrap();
     assembler.take_all(messages).await.unwrap();
     assembler.add_control("global/pg_control", 0o600, content(99, 8192)).await.unwrap();
     let assembled = assembler.finish().await.unwrap();
@@ -170,7 +178,9 @@ fn packed(file: u64, part: u32, bytes: &[u8], whole: bool) -> [Message; 2] {
     let holds = vec![Held { file, first_page, pages: (hashes.len() / 8) as u32, at: 0 }];
     let (usage, state) = (FrameUse::Image, if whole { PartState::Whole } else { PartState::Short });
     let (size, doubts) = (bytes.len() as u32, Vec::new());
-    let part = Part { file, part, bytes: size, state, hashes: hashes.clone(), chunk: 0, doubts };
+    let (hashes_of_part, reused) = (hashes.clone(), Vec::new());
+    let part =
+        Part { file, part, bytes: size, state, hashes: hashes_of_part, chunk: 0, doubts, reused };
     [Message::Packed(Packed { usage, frame, hashes, holds }), Message::Read(vec![part])]
 }
 

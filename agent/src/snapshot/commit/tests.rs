@@ -1,4 +1,5 @@
 use super::super::fixture::{SYSTEM, Store};
+use super::super::leftover::Journal;
 use super::super::pack::Packs;
 use super::super::progress::Meter;
 use super::*;
@@ -16,7 +17,8 @@ fn id() -> SnapshotId {
 /// Sends one pack to all locations; the manifest's plain section for it.
 async fn shipped(store: &Store, fleet: &Arc<Fleet>) -> ManifestPlain {
     let meter = Arc::new(Meter::new(id(), watch::Sender::default()));
-    let mut packs = Packs::new(SYSTEM, store.epochs.clone(), fleet.clone(), meter);
+    let journal = Arc::new(Journal::none());
+    let mut packs = Packs::new(SYSTEM, store.epochs.clone(), fleet.clone(), meter, journal);
     let frame = Frame::pack(&mut Packer::new(1).unwrap(), &[1; 8192]).unwrap();
     packs.add(frame, FrameUse::Image, vec![0; 8]);
     packs.seal().await.unwrap();
@@ -40,6 +42,7 @@ async fn shipped(store: &Store, fleet: &Arc<Fleet>) -> ManifestPlain {
         files: 1,
         parent: None,
         corrupt_pages: 0,
+        abandoned: None,
     }
 }
 
@@ -62,10 +65,17 @@ async fn commit(
     let name = ObjectName::Manifest { system: SYSTEM, snapshot: id() };
     let epoch = store.epochs.current().await.unwrap();
     let manifest = Parcel::new(name, epoch.id(), bytes::Bytes::from_static(b"manifest"), None);
-    let wal = watch::Sender::new(WalStatus::default());
-    Commit { fleet, wal: &wal.subscribe(), plain, parent: None, manifest: &manifest }
-        .everywhere()
-        .await
+    commit_with(fleet, plain, &manifest, WalStatus::default()).await
+}
+
+async fn commit_with(
+    fleet: &Fleet,
+    plain: &ManifestPlain,
+    manifest: &Parcel,
+    wal: WalStatus,
+) -> Vec<(LocationName, Result<()>)> {
+    let wal = watch::Sender::new(wal);
+    Commit { fleet, wal: &wal.subscribe(), plain, parent: None, manifest }.everywhere().await
 }
 
 fn has_manifest(dir: &Path, location: &str) -> bool {
@@ -116,6 +126,39 @@ async fn the_manifest_waits_for_the_wal() {
     store_wal(&store, 0, 0x1_0100_00FF, 0x1_0100_0100).await;
     assert!(committing.await[0].1.is_ok());
     assert!(has_manifest(dir.path(), "here"));
+}
+
+/// WAL that the server no longer has is not waited for. A gap elsewhere does no harm.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_gap_in_the_wal_ends_it_at_once() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Store::new(dir.path(), &["here"]);
+    store.init(0).await;
+    let fleet = Arc::new(store.fleet(id()).await);
+    let plain = shipped(&store, &fleet).await;
+    store_wal(&store, 0, 0x1_0000_0000, 0x1_0080_0000).await;
+    let name = ObjectName::Manifest { system: SYSTEM, snapshot: id() };
+    let epoch = store.epochs.current().await.unwrap();
+    let manifest = Parcel::new(name, epoch.id(), bytes::Bytes::from_static(b"manifest"), None);
+    let wal = |start, end| WalStatus {
+        gap_start: Some(Lsn::new(start)),
+        gap_end: Some(Lsn::new(end)),
+        ..WalStatus::default()
+    };
+    for (start, end) in
+        [(0x1_0080_0000, 0x1_0200_0000), (0, 0x1_0000_0001), (0x1_0100_00FF, u64::MAX)]
+    {
+        let committing = commit_with(&fleet, &plain, &manifest, wal(start, end));
+        let done = tokio::time::timeout(Duration::from_secs(20), committing).await.unwrap();
+        let error = done[0].1.as_ref().unwrap_err();
+        assert!(error.message().contains("is lost"), "{error}");
+    }
+    assert!(!has_manifest(dir.path(), "here"));
+    for (start, end) in [(0, 0x1_0000_0000), (0x1_0100_0100, u64::MAX)] {
+        let committing = commit_with(&fleet, &plain, &manifest, wal(start, end));
+        let waits = tokio::time::timeout(Duration::from_secs(1), committing).await;
+        assert!(waits.is_err(), "it waits for WAL that will come");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -100,7 +100,8 @@ impl ArrivingCutter {
     fn bundle(&mut self, file: &OpenFile, bytes: Vec<u8>) -> Result<()> {
         let (number, segment, known) = (file.number, file.segment, file.known.clone());
         let (size, source) = (bytes.len(), SmallSource::Arrived(bytes));
-        self.bundle.push(SmallFile { number, source, bytes: size, segment, known });
+        let path = file.path.clone();
+        self.bundle.push(SmallFile { number, path, source, bytes: size, segment, known });
         self.bundle_bytes += size;
         match self.bundle.len() == BUNDLE_FILES_MAX || self.bundle_bytes >= BUNDLE_BYTES {
             true => self.flush(),

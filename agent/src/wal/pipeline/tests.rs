@@ -35,10 +35,11 @@ fn wal(bytes: u64) -> WalBuilder {
     wal
 }
 
-fn path(state: &Path) -> Arc<WalPath> {
+fn path(state: &Path, policy: &str) -> Arc<WalPath> {
     let text = format!(
         "cluster = \"orders\"\nagent = \"db1\"\nstate-dir = \"{}\"\n[[location]]\nname = \"a\"\n\
-         url = \"file:///nowhere\"\n[keys]\nprovider = \"file\"\npath = \"/nowhere\"\n",
+         url = \"file:///nowhere\"\n[durability]\nacknowledge = \"{policy}\"\n[keys]\nprovider = \"file\"\n\
+         path = \"/nowhere\"\n",
         state.display()
     );
     let settings = Settings::parse(&text, None).unwrap();
@@ -49,6 +50,7 @@ fn path(state: &Path) -> Arc<WalPath> {
         server_version: 150_018,
         segment_size: SegmentSize::DEFAULT,
         writers: Vec::new(),
+        systems: Default::default(),
         alarms: Arc::default(),
         stop: CancellationToken::new(),
         settings,
@@ -65,7 +67,11 @@ fn path(state: &Path) -> Arc<WalPath> {
 
 /// A pipeline over what the folder holds, or over a new line.
 fn open(state: &Path) -> Pipeline {
-    let path = path(state);
+    open_with(state, "spool")
+}
+
+fn open_with(state: &Path, policy: &str) -> Pipeline {
+    let path = path(state, policy);
     let line = Line::open_all(&path.root).unwrap().pop();
     let line = line.unwrap_or_else(|| {
         Line::create(&path.root, 1, Beginnings::of_first_timeline(), BEGIN).unwrap()
@@ -95,7 +101,8 @@ async fn feed(
 }
 
 fn cuts(pipeline: &Pipeline) -> Vec<Cut> {
-    std::iter::from_fn(|| pipeline.line.pop_cut()).collect()
+    let next = || pipeline.line.pop_cut(true).or_else(|| pipeline.line.pop_cut(false));
+    std::iter::from_fn(next).collect()
 }
 
 fn spooled(pipeline: &Pipeline) -> Vec<u8> {
@@ -137,6 +144,99 @@ async fn a_span_that_was_cut_into_pieces_is_cut_whole_too() {
     assert_eq!(span.summary.first_record, piece.summary.first_record);
     assert_eq!(span.summary.least_time, piece.summary.least_time);
     assert!(span.summary.greatest_time > piece.summary.greatest_time);
+}
+
+/// Seals what is cut, in name only.
+fn shelve(pipeline: &Pipeline, cut: &Cut) {
+    let item = super::super::shelf::Item {
+        line: pipeline.line.number,
+        system: SYSTEM,
+        branch: "00000001-01020304".parse().unwrap(),
+        range: cut.range,
+        id: backstay_common::id::ObjectId::random(),
+        size: 1,
+        epoch: backstay_common::id::EpochId::random(),
+        since: Instant::now(),
+    };
+    pipeline.path.board.update(|state| state.shelf.add(item));
+    pipeline.line.cut_is_sealed(cut);
+}
+
+/// Feeds it in runs, so that a piece is cut after each, and shelves the pieces. What was patient.
+async fn feed_in_pieces(mut pipeline: Pipeline, wal: &[u8], runs: usize) -> (Pipeline, Vec<Cut>) {
+    let (mut at, mut patient) = (BEGIN, Vec::new());
+    for run in wal.chunks(wal.len().div_ceil(runs)) {
+        (pipeline, _) = feed(pipeline, run, at, 100_000).await;
+        at = at.add(run.len() as u64);
+        for cut in cuts(&pipeline) {
+            if cut.is_patient {
+                patient.push(cut);
+            } else {
+                shelve(&pipeline, &cut);
+            }
+        }
+    }
+    (pipeline, patient)
+}
+
+#[tokio::test]
+async fn many_pieces_are_cut_once_more_as_one() {
+    let folder = tempfile::tempdir().unwrap();
+    let wal = wal(3_000_000);
+    let count = GROUP_PIECES as usize;
+    let whole = feed(open(folder.path()), wal.bytes(), BEGIN, 100_000).await.0;
+    let whole = cuts(&whole).remove(0);
+    let folder = tempfile::tempdir().unwrap();
+    let (pipeline, groups) =
+        feed_in_pieces(open_with(folder.path(), "all"), wal.bytes(), count).await;
+    assert_eq!(pipeline.line.unsealed_from(), Some(BEGIN), "the spool is still read");
+    let [group] = &groups[..] else { panic!("{} groups", groups.len()) };
+    assert_eq!((group.range, &group.summary), (whole.range, &whole.summary));
+    pipeline.line.cut_is_sealed(group);
+    assert!(pipeline.line.is_sealed());
+}
+
+#[tokio::test]
+async fn commits_do_not_wait_for_the_span_that_they_end_in() {
+    for (policy, tail) in [("all", true), ("spool", false)] {
+        let folder = tempfile::tempdir().unwrap();
+        let wal = wal(SPAN_BYTES + 100_000);
+        let border = BEGIN.add(SPAN_BYTES);
+        let short = SPAN_BYTES as usize - 200_000;
+        let (pipeline, _) =
+            feed(open_with(folder.path(), policy), &wal.bytes()[..short], BEGIN, 90_000).await;
+        cuts(&pipeline);
+        let from = BEGIN.add(short as u64);
+        let (pipeline, _) = feed(pipeline, &wal.bytes()[short..], from, 1 << 20).await;
+        let cuts = cuts(&pipeline);
+        let ahead = cuts.iter().find(|cut| cut.range == LsnRange::new(from, border));
+        assert_eq!(ahead.is_some(), tail, "{policy}");
+        assert!(cuts.iter().any(|cut| cut.range == LsnRange::new(BEGIN, border) && cut.is_patient));
+    }
+}
+
+#[tokio::test]
+async fn a_span_whose_pieces_are_all_there_is_cut_whole_after_a_kill_too() {
+    let folder = tempfile::tempdir().unwrap();
+    let wal = wal(2 * SPAN_BYTES + 100_000);
+    let (pipeline, lost) = feed_in_pieces(open_with(folder.path(), "all"), wal.bytes(), 40).await;
+    assert_eq!(lost.len(), 2, "two spans");
+    let path = pipeline.path.clone();
+    let line = pipeline.line.clone();
+    drop(pipeline);
+    let pipeline = Pipeline::open(path, line).unwrap();
+    let (pipeline, _) = feed(
+        pipeline,
+        &wal.bytes()[wal.bytes().len() - 10..],
+        Lsn::new(wal.position().get() - 10),
+        10,
+    )
+    .await;
+    let again: Vec<Cut> = cuts(&pipeline).into_iter().filter(|cut| cut.is_patient).collect();
+    assert_eq!(again.len(), 2);
+    for (before, after) in lost.iter().zip(&again) {
+        assert_eq!((before.range, &before.summary), (after.range, &after.summary));
+    }
 }
 
 #[tokio::test]

@@ -2,13 +2,15 @@
 
 use super::assemble::{Assembled, Assembler};
 use super::cache::{self, Cache, CacheWriter, Summary};
-use super::fixture::{PAGE, ReadBack, SYSTEM, Store};
+use super::fixture::{PAGE, ReadBack, SYSTEM, Store, pool};
+use super::leftover::{self, Begun, Journal};
 use super::pack::Packs;
 use super::parent::{Parent, Server, is_still_listed, worn_packs};
 use super::progress::Meter;
 use super::read::Reading;
+use super::readers::Pool;
 use super::walk::Tree;
-use super::{SnapshotProgress, rebuild, start_threads};
+use super::{SnapshotProgress, rebuild};
 use backstay_common::cbor;
 use backstay_common::id::SnapshotId;
 use backstay_common::lsn::Lsn;
@@ -65,6 +67,23 @@ impl History {
 
     /// Takes a snapshot, and makes sure that all of it reads back. What it stored, in bytes.
     async fn snapshot(&mut self) -> u64 {
+        self.take(false).await
+    }
+
+    /// Begins one that stores its packs and is never committed.
+    async fn interrupted(&mut self) -> u64 {
+        self.take(true).await
+    }
+
+    /// Reads what is left as the next snapshot would, and begins its journal.
+    async fn take_up(&self, id: SnapshotId) -> (Journal, leftover::Leftover) {
+        let listed = leftover::listed(&self.store.writers, SYSTEM).await;
+        let key = cache::fingerprint(&KEY);
+        let begun = Begun { snapshot: id, system: SYSTEM, key, page_bytes: PAGE };
+        Journal::take_up(self.dir.path(), &begun, &listed, jiff::Timestamp::UNIX_EPOCH)
+    }
+
+    async fn take(&mut self, is_interrupted: bool) -> u64 {
         self.taken += 1;
         let id = SnapshotId::new(jiff::Timestamp::UNIX_EPOCH, [self.taken; 4]);
         let data_dir = self.dir.path().join("data");
@@ -79,14 +98,22 @@ impl History {
             level: 1,
         });
         let fleet = Arc::new(self.store.fleet(id).await);
-        let packs = Packs::new(SYSTEM, self.store.epochs.clone(), fleet.clone(), meter.clone());
-        let (parent, new) = (self.parent.take(), self.dir.path().join("7.pages.new"));
+        let (journal, leftover) = self.take_up(id).await;
+        let (journal, leftover) = (Arc::new(journal), Arc::new(leftover));
+        let epochs = self.store.epochs.clone();
+        let packs = Packs::new(SYSTEM, epochs, fleet.clone(), meter.clone(), journal.clone());
+        let (parent, new) = (self.parent.clone(), self.dir.path().join("7.pages.new"));
         let writer = Arc::new(CacheWriter::create(new));
-        let mut assembler =
-            Assembler::new(packs, parent.clone(), writer.clone(), reading.clone(), meter.clone());
-        let (threads_parent, threads_writer) = (parent.clone(), writer.clone());
-        let messages =
-            start_threads(&tree, &reading, threads_parent, threads_writer, meter).unwrap();
+        let mut assembler = Assembler::new(
+            packs,
+            parent.clone(),
+            leftover.clone(),
+            writer.clone(),
+            reading.clone(),
+            meter.clone(),
+        );
+        let pool = Pool { parent, leftover, ..pool(reading, writer.clone(), meter) };
+        let messages = pool.start_on(&tree).unwrap();
         assembler.take_all(messages).await.unwrap();
         let assembled = assembler.finish().await.unwrap();
         for lane in fleet.lanes() {
@@ -94,6 +121,10 @@ impl History {
             assert_eq!(lane.left_behind(), None);
         }
         let stored = assembled.stored_bytes;
+        if is_interrupted {
+            return stored;
+        }
+        journal.remove();
         let manifest = manifest(id, &assembled);
         self.check(&manifest).await;
         let summary = Summary {
@@ -185,6 +216,7 @@ fn manifest(id: SnapshotId, assembled: &Assembled) -> Manifest {
         files: assembled.files,
         parent: None,
         corrupt_pages: 0,
+        abandoned: None,
     };
     let root = Root {
         cluster: "test".parse().unwrap(),
@@ -266,18 +298,128 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(12))]
     #[test]
     fn any_history_reads_back(
-        generations in proptest::collection::vec(proptest::collection::vec(edit(), 0..12), 2..7),
+        generations in proptest::collection::vec(
+            (proptest::collection::vec(edit(), 0..12), proptest::bool::weighted(0.3)), 2..9,
+        ),
     ) {
         on_a_runtime(async {
             let (mut history, mut seed) = (History::new().await, 0);
-            for edits in &generations {
+            for (edits, is_interrupted) in &generations {
                 for edit in edits {
                     apply(&mut history, edit, &mut seed);
                 }
-                history.snapshot().await;
+                history.take(*is_interrupted).await;
             }
+            history.snapshot().await;
         });
     }
+}
+
+#[test]
+fn what_an_interrupted_snapshot_stored_is_not_stored_again() {
+    on_a_runtime(async {
+        let mut history = History::new().await;
+        history.write("1", noise(1, 8 << 20));
+        for n in 10..40 {
+            history.write(&format!("{n}"), noise(n, 1 + 1777 * n as usize));
+        }
+        assert!(history.interrupted().await > 9 << 20);
+        // Some pages change, a file grows, one shrinks.
+        let mut content = history.files["1"].clone();
+        content[70 * 8192] ^= 1;
+        content[300 * 8192] ^= 1;
+        content.extend(noise(77, 100_000));
+        history.write("1", content);
+        history.write("11", noise(99, 20_000));
+        history.write("39", noise(139, 8192));
+        let stored = history.interrupted().await;
+        assert!((100_000 + 2 * 8192..300_000).contains(&stored), "{stored}");
+        // Nor what two of them have stored.
+        let stored = history.snapshot().await;
+        assert!(stored < 30_000, "maps, the table and what is not in one piece: {stored}");
+        assert!(
+            history
+                .take_up(SnapshotId::new(jiff::Timestamp::UNIX_EPOCH, [99; 4]))
+                .await
+                .1
+                .abandoned
+                .is_empty()
+        );
+        let stored = history.snapshot().await;
+        assert!(stored < 1000, "{stored}");
+    });
+}
+
+#[test]
+fn what_no_location_has_is_stored_again() {
+    on_a_runtime(async {
+        let mut history = History::new().await;
+        history.write("1", noise(1, 3 << 20));
+        history.interrupted().await;
+        let packs: Vec<PathBuf> = walk_files(history.dir.path(), "/pack/");
+        assert!(!packs.is_empty());
+        packs.iter().for_each(|pack| std::fs::remove_file(pack).unwrap());
+        assert!(history.snapshot().await > 3 << 20);
+    });
+}
+
+#[test]
+fn a_journal_counts_up_to_the_first_damage_and_only_for_its_own() {
+    on_a_runtime(async {
+        let mut history = History::new().await;
+        history.write("1", noise(1, 80 << 20));
+        history.interrupted().await;
+        let path = history.dir.path().join("7.packs");
+        let whole = std::fs::read(&path).unwrap();
+        let id = SnapshotId::new(jiff::Timestamp::UNIX_EPOCH, [99; 4]);
+        let restored = |bytes: &[u8]| std::fs::write(&path, bytes).unwrap();
+        assert_eq!(history.take_up(id).await.1.packs(), 3);
+        let mut before = 3;
+        for length in (0..whole.len()).rev().step_by(whole.len() / 20) {
+            restored(&whole[..length]);
+            let packs = history.take_up(id).await.1.packs();
+            assert!(packs <= before && packs < 3, "{packs} of {length} bytes");
+            before = packs;
+        }
+        let mut bent = whole.clone();
+        bent[whole.len() / 2] ^= 1;
+        restored(&bent);
+        assert!(history.take_up(id).await.1.packs() < 3);
+        let listed = leftover::listed(&history.store.writers, SYSTEM).await;
+        let begun = |key, page_bytes| Begun { snapshot: id, system: SYSTEM, key, page_bytes };
+        let (key, epoch) = (cache::fingerprint(&KEY), jiff::Timestamp::UNIX_EPOCH);
+        let days = |days: i64| jiff::Timestamp::from_second(days * 86_400).unwrap();
+        let dir = history.dir.path();
+        for (begun, now, packs, abandoned) in [
+            (begun(key, PAGE), epoch, 3, 1),
+            (begun(key, PAGE), days(2), 3, 1),
+            (begun(key, PAGE), days(4), 0, 1),
+            (begun(key, PAGE), days(9), 0, 0),
+            (begun([0; 32], PAGE), epoch, 0, 1),
+            (begun(key, 4096), epoch, 0, 1),
+        ] {
+            restored(&whole);
+            let (_, leftover) = Journal::take_up(dir, &begun, &listed, now);
+            assert_eq!(
+                (leftover.packs(), leftover.abandoned.len()),
+                (packs, abandoned),
+                "{begun:?}"
+            );
+        }
+    });
+}
+
+fn walk_files(dir: &Path, part: &str) -> Vec<PathBuf> {
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir(dir).unwrap() {
+        let path = entry.unwrap().path();
+        match path.is_dir() {
+            true => found.extend(walk_files(&path, part)),
+            false if path.to_string_lossy().contains(part) => found.push(path),
+            false => {}
+        }
+    }
+    found
 }
 
 #[test]
@@ -364,6 +506,20 @@ fn what_is_left_in_a_pack_that_is_hardly_used_is_stored_again() {
         assert!((1 << 20..1_200_000).contains(&stored), "{stored}");
         assert_eq!(pack(&history), None);
         assert!(history.snapshot().await < 1000);
+    });
+}
+
+/// Of frames of zeros the footer, with the pages' hashes, is nearly all of the pack.
+#[test]
+fn pages_of_zeros_are_stored_once() {
+    on_a_runtime(async {
+        let mut history = History::new().await;
+        history.write("1", vec![0; 32 << 20]);
+        history.snapshot().await;
+        assert!(history.snapshot().await < 1000);
+        history.write("2", noise(1, 100_000));
+        history.snapshot().await;
+        assert!(history.snapshot().await < 1000, "a pack of the parent's parent");
     });
 }
 
