@@ -240,10 +240,16 @@ impl Shelf {
     }
 
     /// Takes off the shelf what every location that is waited for has: objects of `line` that end at or before `until`, and pieces for which
-    /// a longer object is there. A piece stays while a location that has it lacks the longer object, or else
-    /// nobody would remember to delete it there. A location that was not waited for must be listed again.
+    /// a longer object is there. A piece stays while a location that has it lacks the longer object, and the longer object
+    /// while a piece is on its way, or else nobody would remember to delete the piece. A location that was not
+    /// waited for must be listed again.
     pub fn retire(&mut self, line: u32, until: Lsn, patience: Patience) -> Vec<Arc<Item>> {
         let entries: Vec<&Entry> = self.entries.values().filter(|e| e.item.line == line).collect();
+        let is_awaited = |e: &Entry| {
+            entries
+                .iter()
+                .any(|o| e.item.supersedes(&o.item) && o.places.contains(&Place::Sending))
+        };
         let over = |e: &Entry| {
             let mut longer =
                 entries.iter().filter(|other| other.item.supersedes(&e.item)).peekable();
@@ -257,7 +263,8 @@ impl Shelf {
                 }
             }
         };
-        let gone = entries.iter().filter(|e| self.is_done(e, patience) && over(e));
+        let gone =
+            entries.iter().filter(|e| self.is_done(e, patience) && over(e) && !is_awaited(e));
         let gone: Vec<Key> = gone.map(|e| e.item.key()).collect();
         let gone: Vec<Entry> = gone.iter().filter_map(|key| self.entries.remove(key)).collect();
         for entry in &gone {
@@ -428,6 +435,28 @@ mod tests {
         shelf.add(span.clone());
         assert!(shelf.sent(0, &span).is_empty());
         assert_eq!(shelf.sent(0, &sending), vec![piece.name()]);
+    }
+
+    /// A write takes its time while the server goes on by two spans, as it does at each end of a backup.
+    #[test]
+    fn a_piece_that_comes_after_its_span_has_left_the_shelf_is_deleted() {
+        for fails in [false, true] {
+            let mut shelf = listed(1);
+            let (piece, span) = (item(0, 16, 18), item(0, 16, 32));
+            shelf.add(piece.clone());
+            let sending = shelf.next(0).unwrap();
+            shelf.add(span.clone());
+            shelf.next(0).unwrap();
+            assert_eq!(shelf.sent(0, &span), []);
+            assert_eq!(shelf.retire(0, span.range.end, WithAll), [], "the piece is on its way");
+            let gone: Vec<ObjectName> = match fails {
+                true => shelf.failed(0, &sending).into_iter().collect(),
+                false => shelf.sent(0, &sending),
+            };
+            assert_eq!(gone, [piece.name()]);
+            assert_eq!(shelf.next(0), None);
+            assert_eq!(shelf.retire(0, span.range.end, WithAll).len(), 2);
+        }
     }
 
     #[test]
