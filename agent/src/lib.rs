@@ -21,7 +21,8 @@
 //! | [`snapshot`] | read the data directory or receive it, pack it, commit the manifest |
 //! | [`schedule`], [`keeper`] | when a snapshot is taken, and the one task that takes it |
 //! | [`epochs`], [`writer`] | data keys; writing to a location in the order of the format |
-//! | [`sync`] | copies to a location what it lacks |
+//! | [`copy`] | one object from one location to another |
+//! | [`sync`] | compares the locations, copies to each what it lacks, replaces what is damaged |
 //! | [`prune`] | deletes what no moment of the window needs |
 //! | [`synchronous`] | whether commits wait for this agent |
 //! | [`control`], [`status`], [`alarms`] | what the running agent tells |
@@ -32,6 +33,7 @@ pub mod check;
 pub mod connect;
 pub mod context;
 pub mod control;
+pub mod copy;
 pub mod epochs;
 pub mod init;
 pub mod keeper;

@@ -15,6 +15,7 @@
 //! | `kill` | agent and server killed at any moment, state lost |
 //! | `snapshots` | snapshots that refer to each other: right, and at the cost of what changed |
 //! | `s3` | the same over S3, with faults and refusing locations |
+//! | `sync` | locations that differ: found, named, made equal |
 //! | `integrity` | damaged, missing and swapped objects, wrong keys and clusters |
 //! | `refusals` | bad input: the thing, the reason, the remedy, the exit code |
 //! | `retention` | prune, pins, and restores beside them |
@@ -41,5 +42,6 @@ mod site;
 mod snapshots;
 mod status;
 mod stores;
+mod sync;
 mod tidy;
 mod tls;

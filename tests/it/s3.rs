@@ -17,7 +17,7 @@ use std::fmt::Write as _;
 use std::time::{Duration, Instant};
 
 /// A location of this name in the bucket.
-fn with_bucket(configuration: Configuration, bucket: &Bucket, name: &str) -> Configuration {
+pub fn with_bucket(configuration: Configuration, bucket: &Bucket, name: &str) -> Configuration {
     let settings = bucket.settings(name);
     let mut lines = String::new();
     let mut line = |key: &str, value: Option<String>| {
@@ -37,7 +37,7 @@ fn with_bucket(configuration: Configuration, bucket: &Bucket, name: &str) -> Con
 }
 
 /// Objects of one location, by their names.
-fn objects(bucket: &Bucket, name: &str) -> BTreeMap<String, Bytes> {
+pub fn objects(bucket: &Bucket, name: &str) -> BTreeMap<String, Bytes> {
     let prefix = format!("{name}/");
     let all = bucket.objects().into_iter();
     all.filter_map(|(key, bytes)| Some((key.strip_prefix(&prefix)?.to_owned(), bytes))).collect()

@@ -246,9 +246,7 @@ impl Shelf {
     pub fn retire(&mut self, line: u32, until: Lsn, patience: Patience) -> Vec<Arc<Item>> {
         let entries: Vec<&Entry> = self.entries.values().filter(|e| e.item.line == line).collect();
         let is_awaited = |e: &Entry| {
-            entries
-                .iter()
-                .any(|o| e.item.supersedes(&o.item) && o.places.contains(&Place::Sending))
+            entries.iter().any(|o| e.item.supersedes(&o.item) && o.places.contains(&Place::Sending))
         };
         let over = |e: &Entry| {
             let mut longer =

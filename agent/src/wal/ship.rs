@@ -9,7 +9,7 @@ use super::fill;
 use super::line::Line;
 use super::shelf::Item;
 use backstay_common::head::Head;
-use backstay_common::id::{Branch, ObjectId};
+use backstay_common::id::{Branch, LocationName, ObjectId};
 use backstay_common::lsn::LsnRange;
 use backstay_common::name::{ObjectName, folder};
 use backstay_common::{Error, Kind, Result};
@@ -166,6 +166,8 @@ impl Shipper {
             Ok(()) => {
                 let gone = self.path.board.update(|state| state.shelf.sent(location, item));
                 self.superfluous.extend(gone);
+                let strays = &self.path.context.strays;
+                self.superfluous.extend(strays.covered(&self.place(), &item.name()));
                 self.last_stored = Instant::now();
                 self.succeeded();
             }
@@ -177,8 +179,12 @@ impl Shipper {
         }
     }
 
+    fn place(&self) -> LocationName {
+        self.path.context.writers[self.location].location().name().clone()
+    }
+
     fn subject(&self) -> String {
-        self.path.context.writers[self.location].location().name().to_string()
+        self.place().to_string()
     }
 
     fn succeeded(&mut self) {
