@@ -366,7 +366,7 @@ fn alarm(context: &AgentContext, report: &SyncReport) {
         let name = writer.location().name();
         let failed = report.failed.iter().any(|failed| failed.location == *name);
         let here: Vec<_> = report.locations.iter().filter(|told| told.location == *name).collect();
-        for (alarm, what) in [("object-damaged", What::Damaged), ("sync-failed", What::Missing)] {
+        for (alarm, what) in [(place::DAMAGED, What::Damaged), ("sync-failed", What::Missing)] {
             match here.iter().find_map(|told| told.summary(what)) {
                 Some(reason) => context.alarms.raise(alarm, name.as_str(), reason),
                 None if failed || here.is_empty() => {}

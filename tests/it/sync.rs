@@ -125,7 +125,19 @@ fn amount(report: &Value, place: usize, what: &str) -> u64 {
     report["locations"][place][what]["objects"].as_u64().unwrap_or(u64::MAX)
 }
 
-/// A whole span, the newest piece, the newest manifest, and a pack that it needs.
+/// The packs that manifests other than `but` name.
+fn named_by_others(places: &Places, but: &str) -> Result<BTreeSet<String>> {
+    let mut named = BTreeSet::new();
+    let others = places.names(0)?.into_iter().filter(|name| name.ends_with("/manifest"));
+    for other in others.filter(|name| name != but) {
+        let name: ObjectName = other.parse()?;
+        let (_, plain) = read_plain(&places.read(0, &other)?.into(), &name)?;
+        named.extend(plain.packs.iter().map(|pack| pack.name(plain.system).to_string()));
+    }
+    Ok(named)
+}
+
+/// A whole span, the newest piece, a pack that only this snapshot needs, and its manifest.
 fn chosen(places: &Places, snapshot: &str) -> Result<Vec<String>> {
     let names = places.names(0)?;
     let wal = |is_span: bool| {
@@ -139,7 +151,9 @@ fn chosen(places: &Places, snapshot: &str) -> Result<Vec<String>> {
     let manifest = manifest.context("the manifest")?.clone();
     let name: ObjectName = manifest.parse()?;
     let (_, plain) = read_plain(&places.read(0, &manifest)?.into(), &name)?;
-    let pack = plain.packs.last().context("a pack")?.name(plain.system).to_string();
+    let shared = named_by_others(places, &manifest)?;
+    let mut packs = plain.packs.iter().map(|pack| pack.name(plain.system).to_string());
+    let pack = packs.find(|pack| !shared.contains(pack)).context("a pack of its own")?;
     Ok(vec![wal(true)?, wal(false)?, pack, manifest])
 }
 
@@ -288,6 +302,9 @@ async fn what_is_not_needed_stays_away(scene: &Scene, major: Major) -> Result<()
     ensure!(gone.iter().any(manifest) && gone.iter().any(|n| n.contains("/wal/")), "{gone:?}");
     for name in &gone {
         places.write(scene, 0, name, &std::fs::read(kept.join(name))?)?;
+        // As a location has it that was away while prune ran.
+        let stored = std::fs::metadata(kept.join(name))?.modified()?;
+        std::fs::File::open(site.location("near").join(name))?.set_modified(stored)?;
     }
     sync(&site, &["--check"], 0).await?;
     let report = sync(&site, &[], 0).await?;

@@ -1,6 +1,7 @@
 //! One location, as a pass sees it: what it lists, and what of that is damaged.
 
 use super::compare::group;
+use crate::alarms::Alarms;
 use crate::copy::{self, Expected};
 use crate::prune::System;
 use crate::writer::Writer;
@@ -15,12 +16,25 @@ use std::sync::{Arc, Mutex};
 /// Objects read at the same time at one location; bounds memory to this many of at most 64 MiB.
 const READS_MAX: usize = 3;
 
+/// The alarm about damage that has not been put right.
+pub const DAMAGED: &str = "object-damaged";
+
 /// What is damaged, by location, and how.
 pub type Findings = BTreeMap<LocationName, BTreeMap<ObjectName, String>>;
 
 /// What was found damaged, and has not been put right. Forgotten when the agent ends.
 #[derive(Debug, Default)]
 pub struct Damage(pub(super) Mutex<Findings>);
+
+impl Damage {
+    /// Raises the alarm too; the next comparison sees to it.
+    pub fn note(&self, alarms: &Alarms, location: &LocationName, name: &ObjectName, why: &Error) {
+        alarms.raise(DAMAGED, location.as_str(), why.message());
+        let mut findings = self.0.lock().expect("no panic while held");
+        let here = findings.entry(location.clone()).or_default();
+        here.insert(name.clone(), why.message().to_string());
+    }
+}
 
 /// What manifests say of objects.
 pub type Expectations = BTreeMap<ObjectName, Expected>;

@@ -53,8 +53,8 @@ pub async fn delete(
     done
 }
 
-/// Reads and opens all of a WAL object.
-async fn prove(context: &AgentContext, location: &Location, name: &ObjectName) -> Result<()> {
+/// Reads and opens all of a WAL object. Safe to drop.
+pub async fn prove(context: &AgentContext, location: &Location, name: &ObjectName) -> Result<()> {
     let whole = copy::read(location, name, None).await?;
     let keyring = context.epochs.keyring();
     let epoch = keyring.epoch(context.system, whole.epoch, location).await?;

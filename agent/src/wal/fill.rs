@@ -66,7 +66,11 @@ async fn fill(
     branch: Branch,
     until: Lsn,
 ) -> Result<Option<LsnRange>> {
-    let mut have = ranges(path, location, branch).await?;
+    let place = path.context.writers[location].location();
+    let there = objects(path, location, branch).await?;
+    // Pieces of before a restart, of which the shelf knows nothing.
+    superseded::delete(&path.context, place, &there.iter().map(|(_, n)| n.clone()).collect()).await;
+    let mut have: Vec<LsnRange> = there.into_iter().map(|(range, _)| range).collect();
     if first_hole(&mut have, until).is_none() {
         return Ok(None);
     }
@@ -98,7 +102,6 @@ async fn fill(
     if filled {
         // Pieces, of which the shelf may know nothing any more.
         let names = objects(path, location, branch).await?.into_iter().map(|(_, name)| name);
-        let place = path.context.writers[location].location();
         superseded::delete(&path.context, place, &names.collect()).await;
     }
     match (first_hole(&mut have, until), fault) {
@@ -166,10 +169,6 @@ async fn objects(
         _ => None,
     };
     Ok(listed.into_iter().filter_map(|object| wal(object.name)).collect())
-}
-
-async fn ranges(path: &WalPath, location: usize, branch: Branch) -> Result<Vec<LsnRange>> {
-    Ok(objects(path, location, branch).await?.into_iter().map(|(range, _)| range).collect())
 }
 
 /// Stores an object of ours, with the wraps of its epoch before it.

@@ -8,6 +8,7 @@ use super::WalPath;
 use super::fill;
 use super::line::Line;
 use super::shelf::Item;
+use crate::sync::superseded;
 use backstay_common::head::Head;
 use backstay_common::id::{Branch, LocationName, ObjectId};
 use backstay_common::lsn::LsnRange;
@@ -30,10 +31,14 @@ const HEAD_EVERY: Duration = Duration::from_secs(300);
 const TICK: Duration = Duration::from_secs(1);
 /// How long after a deletion that failed the next one is tried.
 const DELETE_AGAIN_AFTER: Duration = Duration::from_secs(15);
+/// Of the objects that somebody else stored where a line goes on, so many are opened before they are believed.
+const OPENED_MAX: usize = 64;
 /// More superseded pieces than this are left to sync, or to prune.
 const SUPERFLUOUS_MAX: usize = 10_000;
 
 type Sending = FuturesUnordered<BoxFuture<'static, (Arc<Item>, Result<()>)>>;
+/// At most one at a time.
+type Deleting = FuturesUnordered<BoxFuture<'static, (Vec<ObjectName>, Result<()>)>>;
 
 struct Shipper {
     path: Arc<WalPath>,
@@ -78,7 +83,7 @@ impl Shipper {
     async fn ship(mut self) -> Result<()> {
         let mut bell = self.path.board.listen();
         let mut tick = tokio::time::interval(TICK);
-        let mut sending = Sending::new();
+        let (mut sending, mut deleting) = (Sending::new(), Deleting::new());
         loop {
             if self.retry_at.is_none_or(|at| at <= Instant::now()) {
                 if let Err(error) = self.prepare().await {
@@ -89,8 +94,12 @@ impl Shipper {
             }
             tokio::select! {
                 Some((item, result)) = sending.next() => self.settle(&item, result),
+                Some((names, result)) = deleting.next() => self.deleted(names, result),
                 _ = bell.changed() => {}
-                _ = tick.tick() => self.idle(sending.is_empty()).await,
+                _ = tick.tick() => {
+                    self.idle(sending.is_empty()).await;
+                    self.delete_superfluous(&mut deleting);
+                }
             }
         }
     }
@@ -128,10 +137,42 @@ impl Shipper {
                 _ => None,
             })
             .collect();
+        let found = self.believed(line, found).await?;
         self.path.board.update(|s| s.shelf.listed(self.location, line.number, begin, &found));
         self.succeeded();
         fill::spawn(&self.path, self.location, branch, begin);
         Ok(())
+    }
+
+    /// Without the objects that are not what their names say: the frontier would believe them. What is on the shelf is ours
+    /// by its id; the rest is opened, the newest if there are many.
+    async fn believed(
+        &self,
+        line: &Line,
+        mut found: Vec<(LsnRange, ObjectId)>,
+    ) -> Result<Vec<(LsnRange, ObjectId)>> {
+        let context = &self.path.context;
+        let location = context.writers[self.location].location();
+        let (system, Some(branch)) = (context.system, line.branch()) else { return Ok(found) };
+        let ours = self.path.board.read(|state| state.shelf.ids(line.number));
+        let foreign = found.iter().filter(|(_, id)| !ours.contains(id)).rev().take(OPENED_MAX);
+        let foreign: Vec<(LsnRange, ObjectId)> = foreign.copied().collect();
+        for (range, id) in foreign {
+            let name = ObjectName::Wal { system, branch, range, id };
+            let Err(error) = superseded::prove(context, location, &name).await else { continue };
+            match error.kind() {
+                Kind::Corrupt => {
+                    context.damage.note(&context.alarms, location.name(), &name, &error)
+                }
+                // A piece that its span has replaced meanwhile.
+                Kind::Missing => {}
+                // Without the key its trailer must do.
+                Kind::Key => continue,
+                _ => return Err(error),
+            }
+            found.retain(|one| *one != (range, id));
+        }
+        Ok(found)
     }
 
     /// Stores a branch's origin, with the wraps of its epoch before it.
@@ -212,7 +253,7 @@ impl Shipper {
         });
     }
 
-    /// What can wait: heads of an idle server, and the deletion of pieces whose span is there.
+    /// What can wait: heads of an idle server.
     async fn idle(&mut self, nothing_is_sent: bool) {
         if !nothing_is_sent || self.failures > 0 {
             return;
@@ -220,22 +261,29 @@ impl Shipper {
         if let Err(error) = self.store_head().await {
             self.failed(error);
         }
-        self.delete_superfluous().await;
+    }
+
+    /// Begins to delete pieces whose span is there, whatever is being sent: on a busy server something always is.
+    fn delete_superfluous(&mut self, deleting: &mut Deleting) {
+        let is_time = self.delete_at <= Instant::now() && self.failures == 0;
+        if !is_time || !deleting.is_empty() || self.superfluous.is_empty() {
+            return;
+        }
+        let names = std::mem::take(&mut self.superfluous);
+        let location = self.path.context.writers[self.location].location().clone();
+        deleting.push(Box::pin(async move {
+            let result = location.delete(&names).await;
+            (names, result)
+        }));
     }
 
     /// What is left is found again by sync; an identity that may not delete leaves it to prune.
-    async fn delete_superfluous(&mut self) {
-        if self.delete_at > Instant::now() {
-            return;
-        }
-        let location = self.path.context.writers[self.location].location();
-        match location.delete(&self.superfluous).await {
-            Ok(()) => self.superfluous.clear(),
-            Err(error) => {
-                tracing::debug!(%error, "superseded pieces are left for now");
-                self.superfluous.truncate(SUPERFLUOUS_MAX);
-                self.delete_at = Instant::now() + DELETE_AGAIN_AFTER;
-            }
+    fn deleted(&mut self, names: Vec<ObjectName>, result: Result<()>) {
+        if let Err(error) = result {
+            tracing::debug!(%error, "superseded pieces are left for now");
+            self.superfluous.extend(names);
+            self.superfluous.truncate(SUPERFLUOUS_MAX);
+            self.delete_at = Instant::now() + DELETE_AGAIN_AFTER;
         }
     }
 
