@@ -61,7 +61,8 @@ async fn systems(context: &AgentContext) -> Result<Vec<System>> {
 /// Lists all locations, copies to each what another one has, and replaces what is damaged: by `findings`, or by what is
 /// known of before. What comes to light on the way is seen to at once.
 pub async fn run(context: &AgentContext, deep: bool, findings: Findings) -> Result<SyncReport> {
-    let mut damage = context.damage.0.lock().expect("no panic while held").clone();
+    let known = context.damage.0.lock().expect("no panic while held").clone();
+    let mut damage = known.clone();
     join(&mut damage, findings);
     let (mut report, mut left) = pass(context, deep, &damage).await?;
     if left.iter().any(|(place, names)| damage.get(place).map(BTreeMap::len) < Some(names.len())) {
@@ -76,8 +77,17 @@ pub async fn run(context: &AgentContext, deep: bool, findings: Findings) -> Resu
             join(&mut left, Findings::from([entry]));
         }
     }
-    *context.damage.0.lock().expect("no panic while held") = left;
-    alarm(context, &report);
+    let mut noted = context.damage.0.lock().expect("no panic while held");
+    for (location, names) in noted.iter() {
+        let is_new = |name: &ObjectName| !known.get(location).is_some_and(|k| k.contains_key(name));
+        let new = names.iter().filter(|(name, _)| is_new(name));
+        let new = new.map(|(name, why)| (name.clone(), why.clone())).collect();
+        join(&mut left, Findings::from([(location.clone(), new)]));
+    }
+    left.retain(|_, names| !names.is_empty());
+    alarm(context, &report, &left);
+    *noted = left;
+    drop(noted);
     Ok(report)
 }
 
@@ -361,7 +371,7 @@ async fn delete_superseded(
 }
 
 /// The alarms about differences are kept here. That a location is down is another alarm's to say.
-fn alarm(context: &AgentContext, report: &SyncReport) {
+fn alarm(context: &AgentContext, report: &SyncReport, damage: &Findings) {
     for writer in &context.writers {
         let name = writer.location().name();
         let failed = report.failed.iter().any(|failed| failed.location == *name);
@@ -370,6 +380,7 @@ fn alarm(context: &AgentContext, report: &SyncReport) {
             match here.iter().find_map(|told| told.summary(what)) {
                 Some(reason) => context.alarms.raise(alarm, name.as_str(), reason),
                 None if failed || here.is_empty() => {}
+                None if what == What::Damaged && damage.contains_key(name) => {}
                 None => context.alarms.clear(alarm, name.as_str()),
             }
         }

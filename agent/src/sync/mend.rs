@@ -45,6 +45,19 @@ struct State {
     done: Mended,
 }
 
+/// Why an object was not copied.
+enum Obstacle {
+    /// What it needs is not there.
+    Unmet(String),
+    Fault(Error),
+}
+
+impl From<Error> for Obstacle {
+    fn from(error: Error) -> Obstacle {
+        Obstacle::Fault(error)
+    }
+}
+
 /// What came of it.
 #[derive(Debug, Default)]
 pub struct Mended {
@@ -83,7 +96,10 @@ impl<'a> Mending<'a> {
     async fn one(&self, name: ObjectName) {
         let mut faults = Vec::new();
         let result = match self.with(|state| state.refusals >= REFUSALS_MAX) {
-            true => Err(Error::new(Kind::Storage, "not tried: the locations refuse for now")),
+            true => {
+                let reason = "not tried: the locations refuse for now";
+                Err(Obstacle::Fault(Error::new(Kind::Storage, reason)))
+            }
             false => self.bring(&name, &mut faults).await,
         };
         self.with(|state| {
@@ -96,15 +112,27 @@ impl<'a> Mending<'a> {
             match result {
                 Ok(whole) => self.note(state, &whole),
                 // Deleted since it was listed, as superseded pieces are: nothing to copy.
-                Err(error) if error.kind() == Kind::Missing => {}
-                Err(error) => {
+                Err(Obstacle::Fault(error)) if error.kind() == Kind::Missing => {}
+                Err(Obstacle::Fault(error)) => {
                     let is_refusal = error.kind() == Kind::Storage;
                     state.refusals = if is_refusal { state.refusals + 1 } else { 0 };
-                    tracing::warn!(location = %self.to.name(), "not copied: {name}: {}", error.message());
-                    state.done.left.push(Difference::new(&name, What::Missing, &error));
+                    self.leave(state, &name, &error);
+                }
+                Err(Obstacle::Unmet(what)) => {
+                    let is_for_now =
+                        |left: &Difference| left.exit_code == Kind::Storage.exit_code();
+                    let is_for_now = state.done.left.iter().any(is_for_now);
+                    let kind = if is_for_now { Kind::Storage } else { Kind::Corrupt };
+                    let reason = format!("it needs what could not be copied: {what}");
+                    self.leave(state, &name, &Error::new(kind, reason));
                 }
             }
         });
+    }
+
+    fn leave(&self, state: &mut State, name: &ObjectName, error: &Error) {
+        tracing::warn!(location = %self.to.name(), "not copied: {name}: {}", error.message());
+        state.done.left.push(Difference::new(name, What::Missing, error));
     }
 
     fn note(&self, state: &mut State, whole: &Whole) {
@@ -126,7 +154,7 @@ impl<'a> Mending<'a> {
     }
 
     /// Fetches the object, sees that what it needs is there, and stores it.
-    async fn bring(&self, name: &ObjectName, faults: &mut Vec<Fault>) -> Result<Whole> {
+    async fn bring(&self, name: &ObjectName, faults: &mut Vec<Fault>) -> Result<Whole, Obstacle> {
         if let ObjectName::Wal { system, branch, .. } = *name {
             self.needs(&ObjectName::Origin { system, branch })?;
         }
@@ -152,16 +180,16 @@ impl<'a> Mending<'a> {
     }
 
     /// Fails if some location has `other` and this one does not.
-    fn needs(&self, other: &ObjectName) -> Result<()> {
+    fn needs(&self, other: &ObjectName) -> Result<(), Obstacle> {
         let is_there = self.with(|state| state.has.contains_key(other));
         match is_there || !self.all.contains(other) {
             true => Ok(()),
-            false => Err(unmet(format!("{other} is not there"))),
+            false => Err(Obstacle::Unmet(format!("{other} is not there"))),
         }
     }
 
     /// A manifest at a location implies that all that it needs is there.
-    fn needs_of_manifest(&self, whole: &Whole) -> Result<()> {
+    fn needs_of_manifest(&self, whole: &Whole) -> Result<(), Obstacle> {
         let (_, plain) = read_plain(&whole.bytes, &whole.name)?;
         let (system, branch) = (plain.system, plain.branch);
         self.needs(&ObjectName::Origin { system, branch })?;
@@ -169,19 +197,19 @@ impl<'a> Mending<'a> {
             for entry in &plain.packs {
                 let name = entry.name(system);
                 if state.has.get(&name) != Some(&entry.size) {
-                    return Err(unmet(format!("{name} is not there")));
+                    return Err(Obstacle::Unmet(format!("{name} is not there")));
                 }
             }
             let wal = plain.wal_needed();
             if !covers(&coverage(state.has.keys()), branch, wal) {
-                return Err(unmet(format!("the WAL of {wal} is not there")));
+                return Err(Obstacle::Unmet(format!("the WAL of {wal} is not there")));
             }
             for epoch in &plain.epochs {
                 let is_of = |name: &&ObjectName| matches!(name, ObjectName::Wrap { epoch: of, .. } if of == epoch);
                 let is_there =
                     state.epochs.contains(epoch) || state.has.keys().any(|name| is_of(&name));
                 if !is_there && self.all.iter().any(|name| is_of(&name)) {
-                    return Err(unmet(format!("the wraps of epoch {epoch} are not there")));
+                    return Err(Obstacle::Unmet(format!("the wraps of epoch {epoch} are not there")));
                 }
             }
             Ok(())
@@ -191,11 +219,6 @@ impl<'a> Mending<'a> {
     fn with<T>(&self, work: impl FnOnce(&mut State) -> T) -> T {
         work(&mut self.state.lock().expect("no panic while held"))
     }
-}
-
-/// What must come first could not be stored.
-fn unmet(what: String) -> Error {
-    Error::new(Kind::Corrupt, format!("it needs what could not be copied: {what}"))
 }
 
 #[cfg(test)]
