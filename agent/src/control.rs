@@ -6,7 +6,7 @@
 use crate::context::AgentContext;
 use crate::keeper::{Asked, Keeper};
 use crate::prune::pins::{self, PinOutcome, PinRequest};
-use crate::prune::{self, PruneOptions, PruneReport};
+use crate::prune::{PruneOptions, PruneReport};
 use crate::snapshot::{SnapshotOutcome, SnapshotProgress};
 use crate::status::Status;
 use crate::sync::{self, Findings, SyncOptions, SyncReport};
@@ -134,7 +134,7 @@ async fn answer(
         Ok(Request::Prune(options)) => {
             let report = match options.dry_run {
                 // Changes nothing, and need not wait for a snapshot to end.
-                true => prune::run(context, options).await,
+                true => keeper.prune_dry_run(options).await,
                 false => keeper.prune(options).await,
             };
             let reply = report.map_or_else(|e| Reply::of_error(&e), |r| Reply::Pruned(Box::new(r)));

@@ -4,19 +4,20 @@
 //! One snapshot at a time: all of it happens in one task. A run that was missed while the agent was down is caught up
 //! at the next start. A server that has come to another timeline, restored or promoted, gets a snapshot at once: replay
 //! across the switch works, but the newest state deserves a near beginning. So does WAL behind a gap, which
-//! cannot be reached in any other way.
+//! cannot be reached in any other way. Only the agent that holds the lease takes snapshots and
+//! prunes, and none while it stands by.
 
 use crate::context::AgentContext;
+use crate::lease::Leasing;
 use crate::prune::{self, PruneOptions, PruneReport};
 use crate::schedule::Schedule;
 use crate::snapshot::{self, Reason, SnapshotOutcome, SnapshotProgress, SnapshotRequest};
 use crate::status::SnapshotStatus;
 use crate::sync::{self, Findings, SyncReport};
 use crate::wal::WalStatus;
-use backstay_common::id::SnapshotId;
+use backstay_common::id::{Branch, SnapshotId};
 use backstay_common::lsn::Lsn;
 use backstay_common::name::{ObjectName, folder};
-use backstay_common::segment::TimelineId;
 use backstay_common::snapshot::manifest::read_plain;
 use backstay_common::{Error, Kind, Result};
 use jiff::Timestamp;
@@ -26,6 +27,8 @@ use tokio::sync::{mpsc, oneshot, watch};
 
 /// How long after a failed snapshot the next attempt is made.
 const RETRY_AFTER: Duration = Duration::from_secs(300);
+/// How soon an agent that another one keeps from taking a snapshot looks again.
+const FENCED_RETRY_AFTER: Duration = Duration::from_secs(10);
 /// How often the locations are compared.
 const SYNC_EVERY: Duration = Duration::from_secs(3600);
 /// How often while a location lacks a snapshot that another one has.
@@ -60,6 +63,8 @@ struct SyncAsked {
 /// The handle of the keeper's task.
 #[derive(Clone, Debug)]
 pub struct Keeper {
+    context: Arc<AgentContext>,
+    leasing: Leasing,
     requests: mpsc::Sender<Job>,
     progress: watch::Receiver<SnapshotProgress>,
     status: Arc<Mutex<SnapshotStatus>>,
@@ -96,6 +101,12 @@ impl Keeper {
         report.await.unwrap_or_else(stopping)
     }
 
+    /// What a prune by whoever holds the lease would do now. Changes nothing, and waits for no snapshot to end.
+    pub async fn prune_dry_run(&self, options: PruneOptions) -> Result<PruneReport> {
+        let generation = self.leasing.newest_generation().await?;
+        prune::run(&self.context, generation, PruneOptions { dry_run: true, ..options }).await
+    }
+
     fn send(&self, job: Job) -> Result<()> {
         self.requests.try_send(job).map_err(|refused| match refused {
             mpsc::error::TrySendError::Closed(_) => {
@@ -115,12 +126,12 @@ impl Keeper {
     }
 }
 
-/// The newest snapshot, and the timeline that it was taken on if that is known.
+/// The newest snapshot, and the branch that it was taken on if that is known.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Newest {
     id: SnapshotId,
-    timeline: Option<TimelineId>,
-    /// The last gap that it lies behind.
+    branch: Option<Branch>,
+    /// Gaps that end here or before are closed by it.
     gap_end: Option<Lsn>,
 }
 
@@ -128,13 +139,14 @@ struct Newest {
 #[derive(Debug)]
 pub struct KeeperTask {
     context: Arc<AgentContext>,
+    leasing: Leasing,
     wal: watch::Receiver<WalStatus>,
     schedule: Schedule,
     requests: mpsc::Receiver<Job>,
     progress: watch::Sender<SnapshotProgress>,
     status: Arc<Mutex<SnapshotStatus>>,
-    /// The timeline, and the last gap, when the last snapshot began.
-    behind: (Option<TimelineId>, Option<Lsn>),
+    /// The branch, and the last gap, when the last snapshot began.
+    behind: (Option<Branch>, Option<Lsn>),
     /// When something that was condemned is due.
     prune_due: Option<Timestamp>,
     /// The last prune failed, at one location at least.
@@ -148,31 +160,39 @@ enum Wake {
     Due(Reason),
     Sync,
     Prune,
+    /// The server has left recovery.
+    TakeOver,
 }
 
 pub fn new(
     context: Arc<AgentContext>,
+    leasing: Leasing,
     wal: watch::Receiver<WalStatus>,
     schedule: Schedule,
 ) -> (Keeper, KeeperTask) {
     let (send, requests) = mpsc::channel(1);
     let (progress, seen) = watch::channel(SnapshotProgress::default());
     let status = Arc::new(Mutex::new(SnapshotStatus::default()));
-    let keeper = Keeper { requests: send, progress: seen, status: status.clone() };
-    (
-        keeper,
-        KeeperTask {
-            context,
-            wal,
-            schedule,
-            requests,
-            progress,
-            status,
-            behind: (None, None),
-            prune_due: None,
-            prune_failed: false,
-        },
-    )
+    let keeper = Keeper {
+        context: context.clone(),
+        leasing: leasing.clone(),
+        requests: send,
+        progress: seen,
+        status: status.clone(),
+    };
+    let task = KeeperTask {
+        context,
+        leasing,
+        wal,
+        schedule,
+        requests,
+        progress,
+        status,
+        behind: (None, None),
+        prune_due: None,
+        prune_failed: false,
+    };
+    (keeper, task)
 }
 
 impl KeeperTask {
@@ -209,6 +229,11 @@ impl KeeperTask {
                     let _ = reply.send(self.prune(options).await);
                     continue;
                 }
+                Wake::TakeOver => {
+                    last = self.last_snapshot().await;
+                    due = self.due_at_start(last);
+                    continue;
+                }
                 Wake::Asked(Job::Snapshot(reply)) => {
                     let outcome = self.take(Reason::Asked).await;
                     if let Ok(outcome) = &outcome {
@@ -226,6 +251,13 @@ impl KeeperTask {
                     last = self.newest(&outcome);
                     None
                 }
+                Err(error) if error.kind() == Kind::Fenced => {
+                    // Whoever keeps us from it takes it in our place.
+                    last = self.last_snapshot().await;
+                    let is_due = self.due_at_start(last).is_some()
+                        || last.is_some_and(|last| reason_of(&self.wal.borrow(), last).is_some());
+                    is_due.then_some((reason, FENCED_RETRY_AFTER))
+                }
                 // Nothing is won by waiting where the WAL goes on behind a new gap.
                 Err(_) if self.wal.borrow().gap_end > self.behind.1 => {
                     Some((Reason::AfterGap, Duration::ZERO))
@@ -238,13 +270,14 @@ impl KeeperTask {
     fn newest(&self, outcome: &SnapshotOutcome) -> Option<Newest> {
         if self.wal.borrow().gap_end == self.behind.1 {
             self.context.alarms.clear("wal-gap", "");
+            self.context.alarms.clear("wal-diverged", "");
             for location in &outcome.committed {
                 self.context.alarms.clear("location-hole", location.as_str());
             }
         }
-        let (timeline, gap_end) = self.behind;
-        let timeline = timeline.or(self.wal.borrow().timeline);
-        Some(Newest { id: outcome.id, timeline, gap_end })
+        let (branch, gap_end) = self.behind;
+        let branch = branch.or(self.wal.borrow().branch);
+        Some(Newest { id: outcome.id, branch, gap_end })
     }
 
     async fn wait(
@@ -253,18 +286,29 @@ impl KeeperTask {
         next: Option<Timestamp>,
         last: Option<Newest>,
     ) -> Wake {
+        if self.wal.borrow().standing_by {
+            return tokio::select! {
+                () = self.context.stop.cancelled() => Wake::Stop,
+                asked = self.requests.recv() => asked.map_or(Wake::Stop, Wake::Asked),
+                Ok(_) = self.wal.wait_for(|wal| !wal.standing_by) => Wake::TakeOver,
+            };
+        }
         let scheduled = (Reason::Scheduled, next.map_or(Duration::MAX, until));
         let (reason, after) = due.filter(|(_, after)| *after < scheduled.1).unwrap_or(scheduled);
-        let urgent = |wal: &WalStatus| last.is_some_and(|last| reason_of(wal, last).is_some());
+        let urgent = |wal: &WalStatus| {
+            wal.standing_by || last.is_some_and(|last| reason_of(wal, last).is_some())
+        };
         let next_sync = self.next_sync();
         let next_prune = self.prune_due.map_or(Duration::MAX, until);
         tokio::select! {
             () = self.context.stop.cancelled() => Wake::Stop,
             asked = self.requests.recv() => asked.map_or(Wake::Stop, Wake::Asked),
             () = tokio::time::sleep(after.min(Duration::from_secs(86_400 * 30))) => Wake::Due(reason),
-            Ok(wal) = self.wal.wait_for(urgent), if due.is_none() => {
-                Wake::Due(last.and_then(|last| reason_of(&wal, last)).unwrap_or(reason))
-            }
+            Ok(wal) = self.wal.wait_for(urgent), if due.is_none() => match wal.standing_by {
+                // Waits for the end of that, next.
+                true => Wake::TakeOver,
+                false => Wake::Due(last.and_then(|last| reason_of(&wal, last)).unwrap_or(reason)),
+            },
             () = tokio::time::sleep(next_sync), if due.is_none() => Wake::Sync,
             () = tokio::time::sleep(next_prune.min(Duration::from_secs(86_400 * 30))), if due.is_none() => Wake::Prune,
         }
@@ -283,10 +327,11 @@ impl KeeperTask {
     async fn take(&mut self, reason: Reason) -> Outcome {
         let fast_checkpoint = self.context.settings.snapshot.fast_checkpoint
             || !matches!(reason, Reason::Scheduled | Reason::CaughtUp);
-        let request = SnapshotRequest { fast_checkpoint, reason };
         self.wait_for_a_later_name().await;
         self.wait_for_the_slot().await;
-        self.behind = (self.wal.borrow().timeline, self.wal.borrow().gap_end);
+        self.behind = (self.wal.borrow().branch, self.wal.borrow().gap_end);
+        let generation = self.generation().await?;
+        let request = SnapshotRequest { fast_checkpoint, reason, generation };
         self.update(|status| status.running = Some(SnapshotProgress::default()));
         let taken = tokio::select! {
             () = self.context.stop.cancelled() => {
@@ -310,11 +355,30 @@ impl KeeperTask {
         taken
     }
 
+    /// The lease; without it there is no snapshot. That another agent holds it is no failure of this one.
+    async fn generation(&self) -> Result<u64> {
+        let held = tokio::select! {
+            () = self.context.stop.cancelled() => {
+                return Err(Error::new(Kind::Cancelled, "the agent is stopping"));
+            }
+            held = self.leasing.held() => held,
+        };
+        if let Err(error) = &held {
+            match error.kind() {
+                Kind::Fenced => tracing::info!("no snapshot is taken here: {}", error.message()),
+                _ => self.context.alarms.raise("snapshot-failed", "", error),
+            }
+            let message = error.to_string();
+            self.update(|status| status.last_error = Some(message));
+        }
+        held
+    }
+
     /// A snapshot's checkpoint removes WAL that no slot holds: at the first start the slot comes first. A server that
     /// cannot be reached is the snapshot's to report.
     async fn wait_for_the_slot(&self) {
         let mut wal = self.wal.clone();
-        let streams = wal.wait_for(|wal| wal.connected);
+        let streams = wal.wait_for(|wal| wal.connected || wal.standing_by);
         let _ = tokio::time::timeout(SLOT_PATIENCE, streams).await;
     }
 
@@ -322,7 +386,7 @@ impl KeeperTask {
     async fn prune(&mut self, options: PruneOptions) -> Result<PruneReport> {
         let report = tokio::select! {
             () = self.context.stop.cancelled() => return Err(Error::new(Kind::Cancelled, "the agent is stopping")),
-            report = prune::run(&self.context, options) => report,
+            report = self.prune_with_lease(options) => report,
         };
         let again = Timestamp::now().checked_add(PRUNE_AGAIN_AFTER[usize::from(self.prune_failed)]);
         self.prune_failed = !report.as_ref().is_ok_and(|report| report.failed.is_empty());
@@ -334,12 +398,22 @@ impl KeeperTask {
                 due.map(|due| due.max(Timestamp::now() + PRUNE_PAUSE_MIN))
             }
             Ok(_) => again.ok(),
+            Err(error) if error.kind() == Kind::Fenced => {
+                tracing::info!("not pruned here: {}", error.message());
+                again.ok()
+            }
             Err(error) => {
                 tracing::warn!("not pruned: {error}");
                 again.ok()
             }
         };
         report
+    }
+
+    /// Whoever holds the lease prunes, under its generation.
+    async fn prune_with_lease(&self, options: PruneOptions) -> Result<PruneReport> {
+        let generation = self.leasing.held().await?;
+        prune::run(&self.context, generation, options).await
     }
 
     /// Snapshots sort by the second in their names: a new one must not share it with the newest.
@@ -401,8 +475,9 @@ impl KeeperTask {
         let (id, location) = listings.into_iter().flatten().max_by_key(|(id, _)| *id)?;
         let name = ObjectName::Manifest { system: self.context.system, snapshot: id };
         let manifest = location.get(&name).await.and_then(|bytes| read_plain(&bytes, &name));
-        let timeline = manifest.ok().map(|(_, plain)| plain.branch.timeline);
-        Some(Newest { id, timeline, gap_end: None })
+        let plain = manifest.ok().map(|(_, plain)| plain);
+        let (branch, gap_end) = plain.map(|plain| (plain.branch, plain.start)).unzip();
+        Some(Newest { id, branch, gap_end })
     }
 
     fn update(&self, change: impl FnOnce(&mut SnapshotStatus)) {
@@ -412,10 +487,15 @@ impl KeeperTask {
 
 /// What the WAL path has met since the newest snapshot that wants another one at once.
 fn reason_of(wal: &WalStatus, last: Newest) -> Option<Reason> {
+    if wal.standing_by {
+        return None;
+    }
     if wal.gap_end > last.gap_end {
         return Some(Reason::AfterGap);
     }
-    (last.timeline.is_some() && wal.timeline > last.timeline).then_some(Reason::NewTimeline)
+    // The rest of an older timeline is on the way to the newer one.
+    let (now, then) = wal.branch.zip(last.branch)?;
+    (now != then && now.timeline >= then.timeline).then_some(Reason::NewTimeline)
 }
 
 fn until(moment: Timestamp) -> Duration {

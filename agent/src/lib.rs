@@ -20,11 +20,13 @@
 //! | [`wal`] | receive, decode, spool, ship, acknowledge |
 //! | [`snapshot`] | read the data directory or receive it, pack it, commit the manifest |
 //! | [`schedule`], [`keeper`] | when a snapshot is taken, and the one task that takes it |
+//! | [`lease`] | which agent may |
 //! | [`epochs`], [`writer`] | data keys; writing to a location in the order of the format |
 //! | [`copy`] | one object from one location to another |
 //! | [`sync`] | compares the locations, copies to each what it lacks, replaces what is damaged |
 //! | [`prune`] | deletes what no moment of the window needs |
 //! | [`synchronous`] | whether commits wait for this agent |
+//! | `indexer` | footers of many spans in one object |
 //! | [`control`], [`status`], [`alarms`] | what the running agent tells |
 //! | [`context`] | what every task is given |
 
@@ -35,8 +37,10 @@ pub mod context;
 pub mod control;
 pub mod copy;
 pub mod epochs;
+mod indexer;
 pub mod init;
 pub mod keeper;
+pub mod lease;
 pub mod prune;
 mod run;
 pub mod schedule;

@@ -71,6 +71,8 @@ pub struct Pruner<'a, S> {
     pub agent: &'a AgentName,
     pub rules: Rules,
     pub grace: Duration,
+    /// Of the lease that this agent holds.
+    pub generation: u64,
     /// What lists and pins are sealed under.
     pub epoch: Arc<Epoch>,
     /// By this host's clock.
@@ -107,6 +109,7 @@ impl<S: Store> Pruner<'_, S> {
                 rules: &self.rules,
                 window,
                 grace: self.grace,
+                generation: self.generation,
                 agent: self.agent,
                 epoch: &self.epoch,
             };
@@ -212,6 +215,7 @@ fn check_clock(location: &str, store: Timestamp, ours: Timestamp) -> Result<()> 
 async fn pruner<'a>(
     context: &'a AgentContext,
     system: &'a System,
+    generation: u64,
 ) -> Result<Pruner<'a, AgentStore>> {
     let rules = context.settings.retention.rules();
     Ok(Pruner {
@@ -220,17 +224,24 @@ async fn pruner<'a>(
         agent: &context.settings.agent,
         rules: Rules { is_succeeded: system.is_succeeded, ..rules },
         grace: context.settings.retention.grace,
+        generation,
         epoch: system.epochs.current().await?,
         now: Timestamp::now(),
     })
 }
 
-/// Prunes the agent's locations, and keeps the alarms about it. That a location is down is another alarm's to say.
-pub async fn run(context: &AgentContext, options: PruneOptions) -> Result<PruneReport> {
+/// Prunes the agent's locations under a generation of the lease, and keeps the alarms about it. That a location is down is
+/// another alarm's to say.
+pub async fn run(
+    context: &AgentContext,
+    generation: u64,
+    options: PruneOptions,
+) -> Result<PruneReport> {
     let own = context.systems.own(context).await;
-    let mut report = pruner(context, &own).await?.run(options).await;
+    let mut report = pruner(context, &own, generation).await?.run(options).await;
+    // Whoever holds the lease of the cluster's present system speaks for those that it had before.
     for system in context.systems.others(context).await? {
-        report.add(pruner(context, &system).await?.run(options).await);
+        report.add(pruner(context, &system, generation).await?.run(options).await);
     }
     if !options.dry_run {
         alarm(context, &report);
@@ -268,7 +279,8 @@ fn alarm(context: &AgentContext, report: &PruneReport) {
 /// What the locations that can be read say together of a system: what of it stays and what may go. `None` if none of them can be
 /// read. What another one needs, which cannot be read, may be said to go: that is for whoever copies, not for who deletes.
 pub async fn judgement(context: &AgentContext, system: &System) -> Option<(View, Verdict)> {
-    pruner(context, system).await.ok()?.judgement().await
+    // It does not depend on who asks.
+    pruner(context, system, 0).await.ok()?.judgement().await
 }
 
 /// The WAL of the server's system that all locations together need; `None` if that cannot be said now.
@@ -277,7 +289,8 @@ pub async fn needed_wal(context: &AgentContext) -> Option<BTreeMap<Branch, Vec<L
 }
 
 async fn needed(context: &AgentContext, system: &System) -> Option<Verdict> {
-    pruner(context, system).await.ok()?.needed().await
+    // What is needed does not depend on who asks.
+    pruner(context, system, 0).await.ok()?.needed().await
 }
 
 #[cfg(test)]

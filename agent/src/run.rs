@@ -9,11 +9,13 @@ use crate::connect::{self, Server};
 use crate::context::AgentContext;
 use crate::control;
 use crate::epochs::Epochs;
+use crate::indexer;
 use crate::init::check_location;
 use crate::keeper;
+use crate::lease::Leasing;
 use crate::prune::Systems;
 use crate::schedule::Schedule;
-use crate::status::Status;
+use crate::status::{LocationRequests, Status};
 use crate::synchronous;
 use crate::wal::{self, WalStatus};
 use crate::writer::Writer;
@@ -86,8 +88,11 @@ async fn supervise(
     schedule: Schedule,
     listener: tokio::net::UnixListener,
 ) -> Result<()> {
+    let leasing = Leasing::new(context.clone())?;
     let (wal_status, wal_seen) = watch::channel(WalStatus::default());
-    let (keeper, keeper_task) = keeper::new(context.clone(), wal_seen.clone(), schedule);
+    let (keeper, keeper_task) =
+        keeper::new(context.clone(), leasing.clone(), wal_seen.clone(), schedule);
+    let indexing = indexer::run(context.clone(), leasing.clone(), wal_seen.clone());
     let status = {
         let (context, keeper, started) = (context.clone(), keeper.clone(), jiff::Timestamp::now());
         Arc::new(move || Status {
@@ -98,12 +103,14 @@ async fn supervise(
             started,
             wal: wal_seen.borrow().clone(),
             snapshots: keeper.status(),
+            requests: requests(&context),
             alarms: context.alarms.list(),
         })
     };
     let mut tasks = JoinSet::new();
-    tasks.spawn(wal::run(context.clone(), wal_status));
+    tasks.spawn(wal::run(context.clone(), leasing, wal_status));
     tasks.spawn(keeper_task.run());
+    tasks.spawn(indexing);
     tasks.spawn(control::serve(listener, status, keeper, context.clone()));
     tasks.spawn(synchronous::watch(context.clone()));
 
@@ -119,6 +126,15 @@ async fn supervise(
         context.stop.cancel();
     }
     result
+}
+
+/// What each location has been asked since the agent started, in the order of the config.
+fn requests(context: &AgentContext) -> Vec<LocationRequests> {
+    let of = |writer: &Arc<Writer>| LocationRequests {
+        location: writer.location().name().clone(),
+        requests: writer.location().requests(),
+    };
+    context.writers.iter().map(of).collect()
 }
 
 fn stop_on_signals(stop: CancellationToken) -> Result<()> {

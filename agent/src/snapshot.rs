@@ -280,7 +280,8 @@ impl Taking<'_> {
     /// Also proves that there is a key to seal under.
     async fn begin(&self, parent: Option<SnapshotId>) -> Result<Parcel> {
         let agent = self.context.settings.agent.clone();
-        let begin = Begin { snapshot: self.id, agent, parent, generation: 0 };
+        let generation = self.request.generation;
+        let begin = Begin { snapshot: self.id, agent, parent, generation };
         let epoch = self.context.epochs.current().await?;
         let sealed = begin.seal(&epoch, self.context.system);
         Ok(Parcel::new(sealed.name, epoch.id(), sealed.bytes, None))
@@ -457,7 +458,7 @@ impl Taking<'_> {
             start: label.start,
             stop,
             segment_bytes: control.segment_size.bytes() as u32,
-            generation: 0,
+            generation: self.request.generation,
             began: self.id.began().as_second(),
             finished: jiff::Timestamp::now().as_second(),
             server_version: self.context.server_version,

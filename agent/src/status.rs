@@ -3,7 +3,8 @@
 use crate::alarms::Alarm;
 use crate::snapshot::SnapshotProgress;
 use crate::wal::WalStatus;
-use backstay_common::id::{AgentName, ClusterName, SnapshotId, SystemId};
+use backstay_common::id::{AgentName, ClusterName, LocationName, SnapshotId, SystemId};
+use backstay_common::location::Requests;
 use serde::Serialize;
 
 /// Everything, at one moment.
@@ -16,7 +17,17 @@ pub struct Status {
     pub started: jiff::Timestamp,
     pub wal: WalStatus,
     pub snapshots: SnapshotStatus,
+    /// In the order of the config.
+    pub requests: Vec<LocationRequests>,
     pub alarms: Vec<Alarm>,
+}
+
+/// What a location has been asked since the agent started: what a store charges for.
+#[derive(Clone, Debug, Serialize)]
+pub struct LocationRequests {
+    pub location: LocationName,
+    #[serde(flatten)]
+    pub requests: Requests,
 }
 
 /// What the agent knows of snapshots.
@@ -47,7 +58,11 @@ pub fn for_people(status: &serde_json::Value) -> String {
         "agent",
         format!("{} {}, up since {}", text("/agent"), text("/version"), text("/started")),
     );
-    let connected = if text("/wal/connected") == "true" { "streaming" } else { "NOT CONNECTED" };
+    let connected = match (&text("/wal/connected")[..], &text("/wal/standing_by")[..]) {
+        ("true", _) => "streaming",
+        (_, "true") => "standing by a standby",
+        _ => "NOT CONNECTED",
+    };
     line(
         "postgresql",
         format!(
@@ -92,6 +107,13 @@ pub fn for_people(status: &serde_json::Value) -> String {
     );
     if text("/snapshots/last_error") != "-" {
         line("", format!("last attempt failed: {}", text("/snapshots/last_error")));
+    }
+    for asked in status.pointer("/requests").and_then(|r| r.as_array()).into_iter().flatten() {
+        let kinds = ["put", "get", "head", "list", "delete"];
+        let counts: Vec<String> =
+            kinds.iter().map(|kind| format!("{kind} {}", asked[kind])).collect();
+        let place = asked["location"].as_str().unwrap_or("?");
+        line("requests", format!("{place}: {}", counts.join(", ")));
     }
     let alarms = status.pointer("/alarms").and_then(|a| a.as_array()).cloned().unwrap_or_default();
     if alarms.is_empty() {

@@ -2,7 +2,8 @@
 //!
 //! ```text
 //!   walsender
-//!      │                 session    connects, decides where to begin, follows timelines, records gaps
+//!      │                 session    connects, decides where to begin, follows timelines, stands by a standby
+//!      │                 gaps       what became of WAL that nobody has, told to every location
 //!      ▼
 //!   receive ◄─────────── status reports: what `frontier` says is proved
 //!      │ bounded queue
@@ -32,6 +33,7 @@ mod branch;
 mod cut;
 mod fill;
 mod frontier;
+mod gaps;
 mod line;
 mod pipeline;
 mod receive;
@@ -43,19 +45,20 @@ mod ship;
 mod spool;
 
 use crate::context::AgentContext;
+use crate::lease::Leasing;
 use backstay_common::id::{Branch, LocationName};
 use backstay_common::location::Role;
-use backstay_common::lsn::{Lsn, LsnRange};
+use backstay_common::lsn::Lsn;
 use backstay_common::segment::TimelineId;
 use backstay_common::{Context, Error, Kind, Result};
-use board::{Board, State};
+use board::{Board, LastGap, State};
 use frontier::Frontier;
+use gaps::Gaps;
 use line::Line;
 use pipeline::Pipeline;
 use sealed::Sealed;
 use serde::Serialize;
 use shelf::Patience;
-use std::io::Write;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -73,6 +76,8 @@ const BEHIND: Duration = Duration::from_secs(60);
 #[derive(Clone, Debug, Default, Serialize)]
 pub struct WalStatus {
     pub connected: bool,
+    /// The server is a standby: another agent streams, and this one waits to take over.
+    pub standing_by: bool,
     pub timeline: Option<TimelineId>,
     pub branch: Option<Branch>,
     pub received: Lsn,
@@ -83,9 +88,9 @@ pub struct WalStatus {
     /// The server's clock in its last message.
     pub server_clock: Option<jiff::Timestamp>,
     pub spool_bytes: u64,
-    /// The start of the last gap that this process met,
+    /// The start of the last gap that this agent met, if it is on `branch` and its WAL is lost.
     pub gap_start: Option<Lsn>,
-    /// and where the WAL goes on behind it. Only a snapshot from there on closes it.
+    /// Where the WAL goes on behind the last gap that this agent met. Only a snapshot from there on closes it.
     pub gap_end: Option<Lsn>,
     /// In the order of the config.
     pub locations: Vec<LocationWal>,
@@ -114,6 +119,8 @@ struct WalPath {
     /// `<state-dir>/spool/<system>`
     root: PathBuf,
     sealed: Sealed,
+    gaps: Gaps,
+    leasing: Leasing,
     board: Board,
     /// What must stop the process.
     fatal: mpsc::UnboundedSender<Error>,
@@ -123,13 +130,18 @@ struct WalPath {
 
 /// Receives and ships WAL until `context.stop` is cancelled. Returns an error only for what must stop the process: a
 /// failed fsync, a broken spool, a fault of ours.
-pub async fn run(context: Arc<AgentContext>, status: watch::Sender<WalStatus>) -> Result<()> {
+pub async fn run(
+    context: Arc<AgentContext>,
+    leasing: Leasing,
+    status: watch::Sender<WalStatus>,
+) -> Result<()> {
     let (fatal, mut failures) = mpsc::unbounded_channel();
     let opening = context.clone();
-    let (path, pipeline) = blocking(move || open(opening, fatal)).await?;
+    let (path, pipeline) = blocking(move || open(opening, leasing, fatal)).await?;
     path.spawn(publish(path.clone(), status));
     path.spawn(keep_synced(path.clone()));
     path.spawn(tidy(path.clone()));
+    path.spawn(gaps::tell(path.clone()));
     for location in 0..context.writers.len() {
         path.spawn(ship::run(path.clone(), location, path.halt.clone()));
     }
@@ -152,18 +164,22 @@ pub async fn run(context: Arc<AgentContext>, status: watch::Sender<WalStatus>) -
 /// Opens the spool, and puts on the shelf what it holds. Blocks.
 fn open(
     context: Arc<AgentContext>,
+    leasing: Leasing,
     fatal: mpsc::UnboundedSender<Error>,
 ) -> Result<(Arc<WalPath>, Option<Pipeline>)> {
     let root = context.settings.state_dir.join("spool").join(context.system.to_string());
     std::fs::create_dir_all(&root).context(format!("create {}", root.display()))?;
     let sealed = Sealed::create(&root, context.system)?;
+    let gaps = Gaps::create(&root)?;
     let board = Board::new(required(&context), context.settings.durability.acknowledge);
     let halt = CancellationToken::new();
-    let path = Arc::new(WalPath { context, root, sealed, board, fatal, halt });
+    let path = Arc::new(WalPath { context, root, sealed, gaps, leasing, board, fatal, halt });
     let lines: Vec<Arc<Line>> = Line::open_all(&path.root)?.into_iter().map(Arc::new).collect();
     for item in path.sealed.load(&lines)? {
         path.board.update(|state| state.shelf.add(item));
     }
+    let last_gap = path.gaps.last()?.map(|gap| gap.in_short());
+    path.board.update(|state| state.server.gap = last_gap);
     let mut current = None;
     for line in &lines {
         // Only the last goes on; the others were ended, or would have been.
@@ -224,29 +240,6 @@ impl WalPath {
 
     fn start_sealing(self: &Arc<Self>, line: &Arc<Line>) {
         self.spawn(seal::run(self.clone(), line.clone()));
-    }
-
-    /// Writes a gap to `gaps`, durably, and raises the alarm. Blocks for moments.
-    fn record_gap(&self, gap: LsnRange) -> Result<()> {
-        let timeline =
-            self.board.read(|state| state.lines.get(&state.current).map(|line| line.timeline()));
-        let reason = format!("the server no longer has the WAL of {gap}");
-        self.context.alarms.raise("wal-gap", "", &reason);
-        self.board.update(|state| state.server.gap = Some(gap));
-        let entry = serde_json::json!({
-            "start": gap.start,
-            "end": gap.end,
-            "timeline": timeline,
-            "noticed": jiff::Timestamp::now(),
-        });
-        let file = self.root.join("gaps");
-        let write = || -> std::io::Result<()> {
-            let mut gaps = std::fs::OpenOptions::new().create(true).append(true).open(&file)?;
-            writeln!(gaps, "{entry}")?;
-            gaps.sync_all()?;
-            spool::sync_folder(&self.root)
-        };
-        write().context(format!("write {}", file.display()))
     }
 }
 
@@ -393,6 +386,9 @@ fn watch_lag(context: &AgentContext, location: &LocationWal) {
 
 fn describe(context: &AgentContext, state: &State) -> WalStatus {
     let line = state.lines.get(&state.current);
+    let branch = line.and_then(|line| line.branch());
+    let is_in_the_way =
+        |gap: &LastGap| gap.is_lost && (gap.branch.is_none() || gap.branch == branch);
     let frontier = &state.frontier;
     let locations = context.writers.iter().enumerate().map(|(n, writer)| {
         let (queued_objects, oldest) = state.shelf.backlog(n);
@@ -409,16 +405,17 @@ fn describe(context: &AgentContext, state: &State) -> WalStatus {
     });
     WalStatus {
         connected: state.server.connected,
+        standing_by: state.server.standing_by,
         timeline: line.map(|line| line.timeline()),
-        branch: line.and_then(|line| line.branch()),
+        branch,
         received: frontier.received(),
         spooled: frontier.spooled(),
         acknowledged: frontier.acknowledged(),
         server_end: state.server.end,
         server_clock: state.server.clock.map(|clock| clock.timestamp()),
         spool_bytes: state.spool_bytes(),
-        gap_start: state.server.gap.map(|gap| gap.start),
-        gap_end: state.server.gap.map(|gap| gap.end),
+        gap_start: state.server.gap.filter(is_in_the_way).map(|gap| gap.range.start),
+        gap_end: state.server.gap.map(|gap| gap.range.end),
         locations: locations.collect(),
         last_error: state.server.last_error.clone(),
     }

@@ -85,6 +85,12 @@ impl Writer {
         Ok(())
     }
 
+    /// Makes sure that objects of `epoch` may be stored: the location is the right one, and has the wraps.
+    pub async fn ready(&self, epoch: EpochId) -> Result<()> {
+        self.know().await?;
+        self.ensure(epoch).await
+    }
+
     async fn put_once(&self, name: &ObjectName, epoch: EpochId, bytes: Bytes) -> Result<Put> {
         let is_folder = self.location.url().starts_with("file:");
         if is_folder || !self.is_known.load(Ordering::Relaxed) {

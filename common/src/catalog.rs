@@ -2,11 +2,13 @@
 //!
 //! Nothing here has been opened: names and sizes only. Equal names are equal bytes in every location, so the
 //! listings of all locations are one union, and each object has the set of places where it is. That WAL has no
-//! hole can be seen from this alone ([`cover`]).
+//! hole can be seen from this alone ([`cover`]): indexes of WAL ([`crate::walindex`]) are listed like everything else, and
+//! never stand for what they name.
 //!
 //! A location that cannot be listed is reported in [`Catalog::unreachable`], and the others go on.
 
 pub mod cover;
+mod sharded;
 
 use crate::id::{AgentName, Branch, LocationName, ObjectId, SnapshotId, SystemId};
 use crate::location::{Listed, Location};
@@ -68,9 +70,17 @@ pub struct BranchEntry {
     pub origin: Places,
     /// Sorted by range, then id.
     pub wal: Vec<WalEntry>,
+    /// Indexes of it, sorted likewise. They may name what is gone, and lack what is there.
+    pub indexes: Vec<WalEntry>,
 }
 
 impl BranchEntry {
+    /// The object that is stored under exactly this range and id.
+    pub fn find(&self, range: LsnRange, id: ObjectId) -> Option<&WalEntry> {
+        let at = self.wal.binary_search_by_key(&(range, id), |entry| (entry.range, entry.id));
+        at.ok().map(|at| &self.wal[at])
+    }
+
     /// The stored ranges: sorted, disjoint, and with a hole between any two.
     pub fn covered(&self) -> Vec<LsnRange> {
         cover::merged(self.wal.iter().map(|entry| entry.range))
@@ -99,6 +109,9 @@ pub struct Catalog {
     pub heads: BTreeMap<AgentName, BTreeMap<u64, Places>>,
     /// Of each pin the last record, which counts, and where it is.
     pub pins: BTreeMap<ObjectId, (u64, Places)>,
+    pub leases: BTreeMap<u64, Places>,
+    /// By branch, range and id.
+    pub gaps: BTreeMap<(Branch, LsnRange, ObjectId), Places>,
 }
 
 impl Catalog {
@@ -108,10 +121,12 @@ impl Catalog {
         let listings = locations.iter().map(|location| listing(location, system));
         let listings = futures::future::join_all(listings).await;
         let mut catalog = Catalog::empty(system, locations.iter().map(|l| l.name().clone()));
-        let mut wal = BTreeMap::new();
+        let (mut wal, mut indexes) = (WalByName::new(), WalByName::new());
         for (index, listed) in listings.into_iter().enumerate() {
             match listed {
-                Ok(listed) => listed.iter().for_each(|l| catalog.add(index, l, &mut wal)),
+                Ok(listed) => {
+                    listed.iter().for_each(|l| catalog.add(index, l, &mut wal, &mut indexes))
+                }
                 Err(error) => {
                     let name = catalog.locations[index].clone();
                     catalog.unreachable.push((name, error.message().to_string()));
@@ -124,6 +139,12 @@ impl Catalog {
         for ((branch, range, id), (size, places)) in wal {
             let entry = WalEntry { range, id, size, places };
             catalog.branches.entry(branch).or_default().wal.push(entry);
+        }
+        for ((branch, range, id), (size, places)) in indexes {
+            // What is left of a branch without WAL says nothing.
+            if let Some(entry) = catalog.branches.get_mut(&branch) {
+                entry.indexes.push(WalEntry { range, id, size, places });
+            }
         }
         Ok(catalog)
     }
@@ -138,6 +159,8 @@ impl Catalog {
             snapshots: BTreeMap::new(),
             heads: BTreeMap::new(),
             pins: BTreeMap::new(),
+            leases: BTreeMap::new(),
+            gaps: BTreeMap::new(),
         }
     }
 
@@ -146,12 +169,15 @@ impl Catalog {
         places.iter().filter_map(|index| self.locations.get(index).cloned()).collect()
     }
 
-    fn add(&mut self, index: usize, listed: &Listed, wal: &mut WalByName) {
+    fn add(&mut self, index: usize, listed: &Listed, wal: &mut WalByName, indexes: &mut WalByName) {
         let here = Places::default().with(index);
         let join = |places: &mut Places| *places = places.union(here);
         match &listed.name {
             Some(ObjectName::Wal { branch, range, id, .. }) => {
                 join(&mut wal.entry((*branch, *range, *id)).or_insert((listed.size, here)).1);
+            }
+            Some(ObjectName::WalIndex { branch, range, id, .. }) => {
+                join(&mut indexes.entry((*branch, *range, *id)).or_insert((listed.size, here)).1);
             }
             Some(ObjectName::Origin { branch, .. }) => {
                 join(&mut self.branches.entry(*branch).or_default().origin);
@@ -173,6 +199,12 @@ impl Catalog {
                     std::cmp::Ordering::Greater => *last = (*seq, here),
                 }
             }
+            Some(ObjectName::Lease { generation, .. }) => {
+                join(self.leases.entry(*generation).or_default());
+            }
+            Some(ObjectName::Gap { branch, range, id, .. }) => {
+                join(self.gaps.entry((*branch, *range, *id)).or_default());
+            }
             _ => {}
         }
     }
@@ -182,13 +214,17 @@ type WalByName = BTreeMap<(Branch, LsnRange, ObjectId), (u64, Places)>;
 
 async fn listing(location: &Location, system: SystemId) -> Result<Vec<Listed>> {
     let folders = [
-        folder::wal(system),
         folder::snapshots(system),
         folder::heads(system),
+        folder::walindexes(system),
         folder::pins(system),
+        folder::leases(system),
+        folder::gaps(system),
     ];
-    let lists = futures::future::try_join_all(folders.iter().map(|f| location.list(f))).await?;
-    Ok(lists.concat())
+    let others = futures::future::try_join_all(folders.iter().map(|f| location.list(f)));
+    let (mut listed, others) = futures::try_join!(sharded::wal(location, system), others)?;
+    listed.extend(others.into_iter().flatten());
+    Ok(listed)
 }
 
 /// What to say when no location answers.

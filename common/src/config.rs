@@ -24,6 +24,7 @@ pub struct Settings {
     pub locations: Vec<LocationSettings>,
     pub durability: DurabilitySettings,
     pub spool: SpoolSettings,
+    pub index: IndexSettings,
     pub snapshot: SnapshotSettings,
     pub retention: RetentionSettings,
     pub keys: KeySettings,
@@ -75,6 +76,12 @@ impl Acknowledge {
 pub struct SpoolSettings {
     /// When the spool holds this many bytes the agent stops receiving, and the slot holds WAL at the server.
     pub bytes_max: u64,
+}
+
+#[derive(Clone, Debug)]
+pub struct IndexSettings {
+    /// Spans in the smallest block that gets an index: a power of two.
+    pub spans: u64,
 }
 
 #[derive(Clone, Debug)]
@@ -179,6 +186,7 @@ impl Settings {
             durability: durability(top.table("durability"), &locations),
             locations,
             spool: spool(top.table("spool")),
+            index: index(top.table("index")),
             snapshot: snapshot(top.table("snapshot")),
             retention: retention(top.table("retention")),
             keys: keys(top.table("keys")),
@@ -333,6 +341,16 @@ fn spool(mut t: Reader<'_>) -> SpoolSettings {
         t.fault("max-size", "too small to ship from", "give at least \"256MiB\"");
     }
     SpoolSettings { bytes_max }
+}
+
+fn index(mut t: Reader<'_>) -> IndexSettings {
+    const MOST: u64 = 4096;
+    let spans = t.integer("spans", 1..=MOST as i64).unwrap_or(128) as u64;
+    if !spans.is_power_of_two() {
+        t.fault("spans", "not a power of two", "choose 128, or another power of two up to 4096");
+        return IndexSettings { spans: 128 };
+    }
+    IndexSettings { spans }
 }
 
 fn snapshot(mut t: Reader<'_>) -> SnapshotSettings {

@@ -21,6 +21,9 @@
 //! | [`keys`] | epochs, and the providers that wrap their keys |
 //! | [`seal`], [`cbor`], [`pool`] | the envelope of every object; encoded metadata; where codecs run |
 //! | [`cluster`], [`origin`], [`span`], [`head`] | the marker of a location; branches; stored WAL; idle coverage |
+//! | [`lease`], [`gap`] | who takes snapshots; WAL that nobody has |
+//! | [`footer`] | an object's metadata, from its two ends |
+//! | [`walindex`] | a cache: the footers of many spans in one object |
 //! | [`snapshot`] | file maps, file table, manifest |
 //! | [`pin`], [`condemned`] | what somebody holds; what prune is about to delete |
 //! | [`location`] | one object store that holds a complete copy |
@@ -37,10 +40,13 @@ pub mod condemned;
 pub mod config;
 pub mod control;
 pub mod error;
+pub mod footer;
 pub mod format;
+pub mod gap;
 pub mod head;
 pub mod id;
 pub mod keys;
+pub mod lease;
 pub mod line;
 pub mod location;
 pub mod lsn;
@@ -57,5 +63,6 @@ pub mod segment;
 pub mod snapshot;
 pub mod span;
 pub mod wal;
+pub mod walindex;
 
 pub use error::{Context, Error, Kind, Result};

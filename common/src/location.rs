@@ -16,6 +16,7 @@
 //! location/get       whole objects, ranges, sizes
 //! location/list      listings, deletion
 //! location/probe     does the store keep the promises that the layout needs?
+//! location/requests  how many there were, by kind
 //! location/fault     a store's answers as kinds, reasons and remedies
 //! ```
 //!
@@ -37,6 +38,7 @@ mod list;
 mod probe;
 mod profile;
 mod put;
+mod requests;
 mod s3;
 mod secret;
 mod settings;
@@ -46,6 +48,7 @@ pub use fault::is_overload;
 pub use list::Listed;
 pub use probe::Probe;
 pub use put::{Put, PutNew};
+pub use requests::Requests;
 pub use secret::Secret;
 pub use settings::{Encryption, LocationSettings, Role, TlsMin};
 
@@ -86,6 +89,7 @@ struct Inner {
     prefix: Path,
     reads: Arc<dyn ObjectStore>,
     writes: Arc<dyn ObjectStore>,
+    requests: Arc<requests::Counter>,
     disk: Option<Disk>,
     turns: put::Turns,
 }
@@ -145,6 +149,16 @@ impl Location {
     /// True if the config declares that one agent only writes here.
     pub fn has_single_writer(&self) -> bool {
         self.0.settings.single_writer
+    }
+
+    /// What this process has asked of it so far.
+    pub fn requests(&self) -> Requests {
+        self.0.requests.now()
+    }
+
+    /// True for a folder, whose listings are a walk on a disk and not pages from afar.
+    pub fn is_folder(&self) -> bool {
+        self.0.disk.is_some()
     }
 
     /// For `init` only: makes a folder's root, durably. A bucket must be there already.
@@ -216,8 +230,17 @@ impl Inner {
         disk: Option<Disk>,
     ) -> Inner {
         let Stores { reads, writes } = stores;
-        let turns = put::Turns::default();
-        Inner { settings: settings.clone(), store, prefix, reads, writes, disk, turns }
+        let requests = Arc::default();
+        Inner {
+            settings: settings.clone(),
+            store,
+            prefix,
+            reads: requests::Counted::wrap(reads, &requests),
+            writes: requests::Counted::wrap(writes, &requests),
+            requests,
+            disk,
+            turns: put::Turns::default(),
+        }
     }
 }
 

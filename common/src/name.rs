@@ -20,6 +20,8 @@ pub enum ObjectName {
     Origin { system: SystemId, branch: Branch },
     /// A span or a piece of WAL.
     Wal { system: SystemId, branch: Branch, range: LsnRange, id: ObjectId },
+    /// A cache: what the footers of all WAL objects in the range say.
+    WalIndex { system: SystemId, branch: Branch, range: LsnRange, id: ObjectId },
     /// "Covered until": the agent's word for an idle server.
     Head { system: SystemId, agent: AgentName, seq: u64 },
     /// Frames of snapshots.
@@ -32,6 +34,10 @@ pub enum ObjectName {
     Pin { system: SystemId, pin: ObjectId, seq: u64 },
     /// What prune is about to delete.
     Condemned { system: SystemId, run: ObjectId },
+    /// Who takes snapshots, indexes and prunes.
+    Lease { system: SystemId, generation: u64 },
+    /// WAL that nobody has, and why.
+    Gap { system: SystemId, branch: Branch, range: LsnRange, id: ObjectId },
 }
 
 /// Folders of a location, for listings. Each ends in `/`.
@@ -68,6 +74,15 @@ pub mod folder {
         format!("{system}/wal/{branch}/{:08X}/{}", lsn.get() >> 32, lsn.name())
     }
 
+    /// All branches' indexes of WAL.
+    pub fn walindexes(system: SystemId) -> String {
+        format!("{system}/walindex/")
+    }
+
+    pub fn walindex(system: SystemId, branch: Branch) -> String {
+        format!("{system}/walindex/{branch}/")
+    }
+
     pub fn heads(system: SystemId) -> String {
         format!("{system}/head/")
     }
@@ -87,6 +102,14 @@ pub mod folder {
     pub fn condemned(system: SystemId) -> String {
         format!("{system}/condemned/")
     }
+
+    pub fn leases(system: SystemId) -> String {
+        format!("{system}/lease/")
+    }
+
+    pub fn gaps(system: SystemId) -> String {
+        format!("{system}/gap/")
+    }
 }
 
 impl ObjectName {
@@ -98,12 +121,15 @@ impl ObjectName {
             | ObjectName::Wrap { system, .. }
             | ObjectName::Origin { system, .. }
             | ObjectName::Wal { system, .. }
+            | ObjectName::WalIndex { system, .. }
             | ObjectName::Head { system, .. }
             | ObjectName::Pack { system, .. }
             | ObjectName::Begin { system, .. }
             | ObjectName::Manifest { system, .. }
             | ObjectName::Pin { system, .. }
-            | ObjectName::Condemned { system, .. } => Some(*system),
+            | ObjectName::Condemned { system, .. }
+            | ObjectName::Lease { system, .. }
+            | ObjectName::Gap { system, .. } => Some(*system),
         }
     }
 }
@@ -114,6 +140,8 @@ impl ObjectName {
         match self {
             ObjectName::Wrap { wrap: id, .. }
             | ObjectName::Wal { id, .. }
+            | ObjectName::WalIndex { id, .. }
+            | ObjectName::Gap { id, .. }
             | ObjectName::Pack { id, .. }
             | ObjectName::Condemned { run: id, .. } => Some(*id),
             _ => None,
@@ -135,6 +163,12 @@ impl fmt::Display for ObjectName {
                 range.start.name(),
                 range.end.name()
             ),
+            ObjectName::WalIndex { system, branch, range, id } => write!(
+                f,
+                "{system}/walindex/{branch}/{}-{}.{id}",
+                range.start.name(),
+                range.end.name()
+            ),
             ObjectName::Head { system, agent, seq } => {
                 write!(f, "{system}/head/{agent}/{seq:020}")
             }
@@ -147,6 +181,12 @@ impl fmt::Display for ObjectName {
             }
             ObjectName::Pin { system, pin, seq } => write!(f, "{system}/pins/{pin}/{seq:020}"),
             ObjectName::Condemned { system, run } => write!(f, "{system}/condemned/{run}"),
+            ObjectName::Lease { system, generation } => {
+                write!(f, "{system}/lease/{generation:020}")
+            }
+            ObjectName::Gap { system, branch, range, id } => {
+                write!(f, "{system}/gap/{branch}/{}-{}.{id}", range.start.name(), range.end.name())
+            }
         }
     }
 }
@@ -179,12 +219,17 @@ fn parse(text: &str) -> Option<ObjectName> {
         }
         ["wal", branch, "origin"] => ObjectName::Origin { system, branch: branch.parse().ok()? },
         ["wal", branch, _, file] => {
-            let (range, id) = file.split_once('.')?;
-            let (start, end) = range.split_once('-')?;
-            let range = LsnRange::new(Lsn::from_name(start)?, Lsn::from_name(end)?);
-            let id = id.parse().ok()?;
-            (!range.is_empty()).then_some(())?;
+            let (range, id) = range_and_id(file)?;
             ObjectName::Wal { system, branch: branch.parse().ok()?, range, id }
+        }
+        ["gap", branch, file] => {
+            let (range, id) = range_and_id(file)?;
+            ObjectName::Gap { system, branch: branch.parse().ok()?, range, id }
+        }
+        ["lease", generation] => ObjectName::Lease { system, generation: generation.parse().ok()? },
+        ["walindex", branch, file] => {
+            let (range, id) = range_and_id(file)?;
+            ObjectName::WalIndex { system, branch: branch.parse().ok()?, range, id }
         }
         ["head", agent, seq] => {
             ObjectName::Head { system, agent: agent.parse().ok()?, seq: seq.parse().ok()? }
@@ -204,6 +249,15 @@ fn parse(text: &str) -> Option<ObjectName> {
     })
 }
 
+/// `<start>-<end>.<id>`
+fn range_and_id(file: &str) -> Option<(LsnRange, ObjectId)> {
+    let (range, id) = file.split_once('.')?;
+    let (start, end) = range.split_once('-')?;
+    let range = LsnRange::new(Lsn::from_name(start)?, Lsn::from_name(end)?);
+    let id = id.parse().ok()?;
+    (!range.is_empty()).then_some((range, id))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -213,7 +267,7 @@ mod tests {
 
     prop_compose! {
         fn any_name()(
-            which in 0..11, system: u64, bytes: [u8; 16], timeline in 1u32..,
+            which in 0..14, system: u64, bytes: [u8; 16], timeline in 1u32..,
             start in 0..u64::MAX, length in 1..u64::MAX, second in 0i64..4_000_000_000,
             agent in "[a-z][a-zA-Z0-9_.-]{0,20}", seq: u64,
         ) -> ObjectName {
@@ -229,12 +283,15 @@ mod tests {
                 1 => ObjectName::Wrap { system, epoch: EpochId::from_bytes(bytes), wrap: id },
                 2 => ObjectName::Origin { system, branch },
                 3 => ObjectName::Wal { system, branch, range, id },
+                11 => ObjectName::WalIndex { system, branch, range, id },
                 4 => ObjectName::Head { system, agent: agent.parse().unwrap(), seq },
                 5 => ObjectName::Pack { system, id },
                 6 => ObjectName::Begin { system, snapshot },
                 7 => ObjectName::Pin { system, pin: id, seq },
-                8 => ObjectName::Accepted { system },
-                9 => ObjectName::Condemned { system, run: id },
+                8 => ObjectName::Condemned { system, run: id },
+                9 => ObjectName::Lease { system, generation: seq },
+                10 => ObjectName::Gap { system, branch, range, id },
+                12 => ObjectName::Accepted { system },
                 _ => ObjectName::Manifest { system, snapshot },
             }
         }

@@ -59,6 +59,11 @@ impl Beginnings {
         Beginnings { timeline: TimelineId::FIRST, history: None, first_record: None }
     }
 
+    /// True if there is a first record and the server no longer has it.
+    pub fn is_first_record_unknown(&self) -> bool {
+        self.timeline != TimelineId::FIRST && self.first_record.is_none()
+    }
+
     /// Where the timeline left its parent; 0/0 on the first one.
     pub fn switch(&self) -> Result<Lsn> {
         let Some(history) = &self.history else { return Ok(Lsn::INVALID) };
@@ -89,6 +94,11 @@ impl Origin {
         Ok(self.history == beginnings.history
             && self.switch == beginnings.switch()?
             && self.first_record == beginnings.first_record.as_ref().map(hash))
+    }
+
+    /// The same, when it is not known what the first record is.
+    pub fn may_agree(&self, beginnings: &Beginnings) -> Result<bool> {
+        Ok(self.history == beginnings.history && self.switch == beginnings.switch()?)
     }
 
     /// The `.history` file, byte for byte.
@@ -141,6 +151,8 @@ mod tests {
         let mut elsewhere = second(b"promoted here");
         elsewhere.history = Some(b"1\t0/4000148\tno recovery target specified\n".to_vec());
         assert!(!origin.agrees(&elsewhere).unwrap());
+        assert!(origin.may_agree(&second(b"whatever it was")).unwrap());
+        assert!(!origin.may_agree(&elsewhere).unwrap());
         assert_eq!(origin.switch(), Lsn::new(0x300_0148));
         let first = Origin::new(&Beginnings::of_first_timeline()).unwrap();
         assert!(first.agrees(&Beginnings::of_first_timeline()).unwrap());

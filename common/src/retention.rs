@@ -22,6 +22,8 @@
 //!   left the window, and its longer-lived snapshots when their weeks and months have.
 //! - Packs stay while a snapshot that stays names them, origins while anything of their branch is needed. WAL that a longer
 //!   object covers may go. Keys stay.
+//! - **Leases** stay while a snapshot of an older generation is listed, and the newest always, unless nothing is left of a system
+//!   that was succeeded; gaps while WAL on either side of them stays; indexes while WAL of their block does. A snapshot that its agent began when it no longer held the lease is not usable.
 //!
 //! What always holds: `stays` and `goes` part what is listed; whatever the rules do not speak of stays; more knowledge never
 //! is needed to keep a thing. Times are those at which the stores took the objects, never earlier than what happened: so a commit is

@@ -84,6 +84,8 @@ pub struct ListedBranch {
     pub recoverable: Vec<Recoverable>,
     /// Holes in the stored WAL.
     pub gaps: Vec<(Lsn, Lsn)>,
+    /// What agents recorded: no moment in these can be recovered.
+    pub recorded_gaps: Vec<backstay_common::gap::Gap>,
 }
 
 /// Every position from `from` to `to` can be reached.
@@ -229,7 +231,8 @@ async fn listed_branch(survey: &Survey, branch: Branch) -> Result<ListedBranch> 
     }
     let covered = &survey.pasts[&branch].covered;
     let gaps = covered.windows(2).map(|two| (two[0].end, two[1].start)).collect();
-    Ok(ListedBranch { branch, recoverable: filled, gaps })
+    let recorded_gaps = survey.gaps.iter().filter(|gap| gap.branch == branch).cloned().collect();
+    Ok(ListedBranch { branch, recoverable: filled, gaps, recorded_gaps })
 }
 
 /// Looks at the last footers only, a few at a time, back to the first that tells of a transaction.
@@ -335,6 +338,9 @@ impl fmt::Display for ListedBranch {
             let gap = Gap { branch: self.branch, range: LsnRange::new(start, end) };
             writeln!(f, "  gap: the WAL {} is at no location that answers", gap.range)?;
         }
+        for gap in &self.recorded_gaps {
+            writeln!(f, "  cannot be recovered: {gap}")?;
+        }
         Ok(())
     }
 }
@@ -344,6 +350,32 @@ mod tests {
     use super::*;
     use crate::testing::{Repo, SYSTEM, at, micros};
     use backstay_common::snapshot::Begin;
+
+    #[tokio::test]
+    async fn a_snapshot_begun_when_its_lease_was_over_is_none() {
+        use backstay_common::lease::Lease;
+        let repo = Repo::new(2).await;
+        let mut writer = repo.first_branch(&[0, 1]).await;
+        let known = writer.snapshot(&repo, 0).await;
+        writer.wal.switch(false);
+        let late = writer.snapshot(&repo, 200).await;
+        writer.ship(&repo).await;
+        let lease = Lease {
+            generation: 1,
+            agent: "db1".parse().unwrap(),
+            slot: "backstay_db1".into(),
+            holder: [1; 16],
+            begun: vec![known],
+            is_complete: true,
+            made: 0,
+        };
+        repo.put(&lease.seal(&repo.epoch, SYSTEM), &[1]).await;
+        let listing = list(&repo.access).await.unwrap();
+        let complete: Vec<bool> = listing.snapshots.iter().map(|s| s.complete.is_some()).collect();
+        assert_eq!(complete, [true, false]);
+        assert_eq!(repo.plan("latest").await.unwrap().snapshot, known);
+        assert!(listing.notes.iter().any(|note| note.contains(&late.to_string())), "{listing}");
+    }
 
     #[tokio::test]
     async fn stretches_end_at_gaps_and_begin_at_snapshots() {
@@ -386,12 +418,27 @@ mod tests {
             .await;
             repo.put(&pin.given_back().seal(&repo.epoch, SYSTEM, id, 9), &[0]).await;
         }
+        let recorded = backstay_common::gap::Gap {
+            branch: writer.branch,
+            start: gap_start,
+            end: gap_end,
+            cause: "removed".into(),
+            agent: "db1".parse().unwrap(),
+            noticed: 0,
+            detail: "the slot was lost".into(),
+        };
+        repo.put(&recorded.seal(&repo.epoch, SYSTEM), &[1]).await;
 
         let listing = list(&repo.access).await.unwrap();
         let pins: Vec<&str> = listing.snapshots[0].pins.iter().map(|pin| &pin.reason[..]).collect();
         assert_eq!(pins, ["before the migration"]);
         assert!(listing.to_string().contains("pinned by db1 (0707070707070707): before"));
         let branch = &listing.branches[0];
+        assert_eq!(branch.recorded_gaps, [recorded]);
+        let refused = repo.refusal(&format!("lsn:{}", gap_start.add(8))).await;
+        assert!(refused.contains("the slot was lost"), "{refused}");
+        let plan = repo.plan(&format!("snapshot:{second}")).await.unwrap();
+        assert!(plan.notes.iter().any(|note| note.contains("the slot was lost")), "{plan}");
         assert_eq!(branch.gaps, [(gap_start, gap_end)]);
         let stretch = &branch.recoverable[0];
         assert_eq!((stretch.snapshot, stretch.from, stretch.to), (first, first_stop, gap_start));
@@ -405,6 +452,7 @@ mod tests {
         assert_eq!(places, [2, 1, 0]);
         assert!(listing.snapshots[2].complete.is_none());
         let text = listing.to_string();
+        assert!(text.contains("the slot was lost"), "{text}");
         assert!(text.contains("gap") && text.contains(&format!("{begun}  incomplete")), "{text}");
         assert!(serde_json::to_string(&listing).unwrap().contains("\"is_usable\":true"));
     }

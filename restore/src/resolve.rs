@@ -17,6 +17,7 @@
 
 pub mod choose;
 mod extend;
+mod footers;
 pub mod line;
 pub mod reach;
 mod refuse;

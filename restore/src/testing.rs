@@ -222,6 +222,11 @@ impl Writer {
         self.wal.position()
     }
 
+    /// Where what was sealed last ends.
+    pub fn stored(&self) -> Lsn {
+        self.decoder.position()
+    }
+
     /// The WAL of `range`.
     pub fn bytes(&self, range: LsnRange) -> &[u8] {
         let start = range.start.since(self.wal.start()) as usize;

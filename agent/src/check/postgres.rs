@@ -235,7 +235,10 @@ impl<'s> Session<'s> {
             )
             .await?;
         Ok(match (row.text("standby")?, row.text("full_pages")?) {
-            ("t", "t") => Some(Finding::good("standby", "WAL and snapshots are taken from it")),
+            ("t", "t") => Some(Finding::good(
+                "standby",
+                "WAL and snapshots are taken from it, unless another agent holds the lease",
+            )),
             ("t", _) => {
                 let reason =
                     "the primary runs with full_page_writes = off: a standby can't be backed up";

@@ -4,7 +4,7 @@
 //! what is left over is marked again by the next run.
 
 use super::look::{Look, look_again};
-use super::mark::{GENERATION, Marked, Window, condemned_since, mark};
+use super::mark::{Marked, Window, condemned_since, mark};
 use super::report::{Amount, LocationReport};
 use super::store::Store;
 use backstay_common::condemned::{Condemned, NAMES_MAX};
@@ -34,6 +34,8 @@ pub struct Execution<'a, S> {
     pub rules: &'a Rules,
     pub window: Window,
     pub grace: Duration,
+    /// Of the lease.
+    pub generation: u64,
     pub agent: &'a AgentName,
     pub epoch: &'a Arc<Epoch>,
 }
@@ -85,7 +87,7 @@ impl<S: Store> Execution<'_, S> {
     }
 
     fn plan(&self, marked: &Marked) -> Plan {
-        let since = condemned_since(&self.look);
+        let since = condemned_since(&self.look, self.generation);
         let mut plan = Plan::default();
         for (name, why) in &marked.goes {
             if *why == Gone::Condemned {
@@ -134,7 +136,7 @@ impl<S: Store> Execution<'_, S> {
         for names in batches {
             let list = Condemned {
                 agent: self.agent.clone(),
-                generation: GENERATION,
+                generation: self.generation,
                 window: self.window.applied.as_secs(),
                 made: Timestamp::now().as_second(),
                 names: names.iter().map(ToString::to_string).collect(),

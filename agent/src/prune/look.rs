@@ -1,14 +1,15 @@
 //! Reads all that a judgement needs to know of one location.
 //!
-//! All or nothing: where a manifest, a `begin`, an origin or a pin that is listed cannot be read, nothing is judged, for it
-//! might keep anything. One that is damaged is read from another location that has it whole. What has gone since it was listed
-//! counts as not listed.
+//! All or nothing: where a manifest, a `begin`, an origin, a pin or a lease that is listed cannot be read, nothing is judged, for
+//! it might keep anything. One that is damaged is read from another location that has it whole. What has gone since it was
+//! listed counts as not listed.
 
 use super::memory::Fact;
 use super::store::Store;
 use backstay_common::condemned::Condemned;
 use backstay_common::head::Head;
 use backstay_common::id::{Branch, SystemId};
+use backstay_common::lease::Lease;
 use backstay_common::name::{ObjectName, folder};
 use backstay_common::origin::Origin;
 use backstay_common::pin::PinRecord;
@@ -180,6 +181,7 @@ fn wanted(view: &View) -> Vec<ObjectName> {
             ObjectName::Manifest { .. }
             | ObjectName::Origin { .. }
             | ObjectName::Pin { .. }
+            | ObjectName::Lease { .. }
             | ObjectName::Condemned { .. } => names.push(name.clone()),
             _ => {}
         }
@@ -193,6 +195,7 @@ async fn fact(store: &impl Store, name: &ObjectName, bytes: Bytes) -> Result<Fac
     Ok(match name {
         ObjectName::Begin { .. } => Fact::Begin(Begin::read(&bytes, name)?),
         ObjectName::Pin { .. } => Fact::Pin(PinRecord::read(&bytes, name)?),
+        ObjectName::Lease { .. } => Fact::Lease(Lease::read(&bytes, name)?),
         ObjectName::Condemned { .. } => Fact::Condemned(Condemned::read(&bytes, name)?),
         ObjectName::Origin { .. } => {
             let epoch = store.epoch(Header::check(&bytes, name)?.epoch()).await;
@@ -213,6 +216,7 @@ fn learn(view: &mut View, name: &ObjectName, fact: Option<Fact>) {
         (Some(Fact::Manifest(plain)), _) => drop(view.manifests.insert(plain.snapshot, plain)),
         (Some(Fact::Begin(begin)), _) => drop(view.begins.insert(begin.snapshot, begin)),
         (Some(Fact::Pin(pin)), _) => drop(view.pins.insert(name.clone(), pin)),
+        (Some(Fact::Lease(lease)), _) => view.leases.push(lease),
         (Some(Fact::Condemned(list)), _) => drop(view.condemned.insert(name.clone(), list)),
         (Some(Fact::Ancestors(ancestors)), ObjectName::Origin { branch, .. }) => {
             view.ancestors.insert(*branch, ancestors);

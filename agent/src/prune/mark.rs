@@ -13,9 +13,6 @@ use jiff::Timestamp;
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-/// Under which generation this agent prunes: there are no leases yet.
-pub const GENERATION: u64 = 0;
-
 /// The window that applies at a location.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Window {
@@ -71,16 +68,17 @@ pub fn mark(
     Marked { window, goes, is_succeeded: rules.is_succeeded, own, together: together.clone() }
 }
 
-/// A list that has been made under our generation, with when the store took it.
-pub fn lists(look: &Look) -> impl Iterator<Item = (Timestamp, &Condemned)> {
-    let ours = look.view.condemned.iter().filter(|(_, list)| list.generation == GENERATION);
+/// The lists that have been made under a generation of the lease, with when the store took them. Those of others say
+/// nothing: their maker may have been superseded when it judged.
+pub fn lists(look: &Look, generation: u64) -> impl Iterator<Item = (Timestamp, &Condemned)> {
+    let ours = look.view.condemned.iter().filter(move |(_, list)| list.generation == generation);
     ours.filter_map(|(name, list)| Some((*look.modified.get(name)?, list)))
 }
 
 /// What has been condemned here, and since when. What was stored after it was condemned is something new.
-pub fn condemned_since(look: &Look) -> BTreeMap<ObjectName, Timestamp> {
+pub fn condemned_since(look: &Look, generation: u64) -> BTreeMap<ObjectName, Timestamp> {
     let mut since: BTreeMap<ObjectName, Timestamp> = BTreeMap::new();
-    for (at, list) in lists(look) {
+    for (at, list) in lists(look, generation) {
         for name in list.objects(look.view.system) {
             if look.modified.get(&name).is_some_and(|modified| *modified <= at) {
                 let first = since.entry(name).or_insert(at);

@@ -4,6 +4,7 @@
 
 use backstay_common::condemned::Condemned;
 use backstay_common::id::Branch;
+use backstay_common::lease::Lease;
 use backstay_common::name::ObjectName;
 use backstay_common::pin::PinRecord;
 use backstay_common::retention::View;
@@ -12,7 +13,7 @@ use backstay_common::snapshot::{Begin, ManifestPlain};
 use std::collections::BTreeMap;
 use std::sync::Mutex;
 
-/// A list of what is condemned that names more is read again each time: it may take megabytes.
+/// A list of what is condemned, or a lease, that names more is read again each time: it may take megabytes.
 const NAMES_KEPT_MAX: usize = 10_000;
 
 /// What a judgement takes from one object.
@@ -21,6 +22,7 @@ pub enum Fact {
     Manifest(ManifestPlain),
     Begin(Begin),
     Pin(PinRecord),
+    Lease(Lease),
     Condemned(Condemned),
     /// Of an origin.
     Ancestors(Vec<Ancestor>),
@@ -40,9 +42,12 @@ impl Memory {
     }
 
     pub fn keep(&self, name: &ObjectName, size: u64, fact: &Fact) {
-        if let Fact::Condemned(list) = fact
-            && list.names.len() > NAMES_KEPT_MAX
-        {
+        let names = match fact {
+            Fact::Condemned(list) => list.names.len(),
+            Fact::Lease(lease) => lease.begun.len(),
+            _ => 0,
+        };
+        if names > NAMES_KEPT_MAX {
             return;
         }
         self.0.lock().expect("no panic while held").insert(name.clone(), (size, fact.clone()));

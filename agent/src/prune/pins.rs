@@ -13,6 +13,9 @@ use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
+/// Who pins needs no lease.
+const ANYBODY: u64 = 0;
+
 /// What is asked for.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -65,17 +68,19 @@ impl fmt::Display for PinOutcome {
 /// Writes the records of one request to every location. Those that are down get them by copying, later.
 pub async fn run(context: &AgentContext, request: PinRequest) -> Result<PinOutcome> {
     let own = context.systems.own(context).await;
-    let mut answered = answer(&super::pruner(context, &own).await?, request.clone()).await;
+    let mut answered = answer(&super::pruner(context, &own, ANYBODY).await?, request.clone()).await;
     for system in context.systems.others(context).await? {
         let is_unknown = |error: &Error| error.kind() == Kind::Config;
         match &mut answered {
             Ok(outcome) if request == PinRequest::AckDamage => {
-                let more = answer(&super::pruner(context, &system).await?, request.clone()).await?;
+                let more =
+                    answer(&super::pruner(context, &system, ANYBODY).await?, request.clone())
+                        .await?;
                 outcome.add(more);
             }
             // The snapshot may be one of an earlier system.
             Err(error) if is_unknown(error) => {
-                let pruner = super::pruner(context, &system).await?;
+                let pruner = super::pruner(context, &system, ANYBODY).await?;
                 match answer(&pruner, request.clone()).await {
                     Err(error) if is_unknown(&error) => {}
                     other => answered = other,

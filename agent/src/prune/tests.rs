@@ -194,6 +194,8 @@ struct World {
     /// With where it was when it was pinned.
     pinned: Vec<(SnapshotId, [bool; 2])>,
     rules: Rules,
+    /// Of the lease.
+    generation: u64,
     /// Pages go bad now and then.
     is_damaging: bool,
 }
@@ -209,6 +211,7 @@ impl World {
             stores,
             late: Vec::new(),
             is_late: false,
+            generation: 1,
             branches: Vec::new(),
             commits: Vec::new(),
             snaps: BTreeMap::new(),
@@ -544,6 +547,7 @@ impl World {
             agent: &AGENT,
             rules: self.rules,
             grace: Duration::from_secs(GRACE as u64),
+            generation: self.generation,
             epoch: self.epoch.clone(),
             now: at(self.clock),
         }
@@ -979,4 +983,30 @@ fn a_system_that_was_succeeded_goes_when_its_last_commit_has_left_the_window() {
     world.rules.is_succeeded = true;
     world.prune();
     assert_eq!(left(&world.stores[0]).len(), 2);
+}
+
+/// Whoever takes the lease over judges anew, and lets the grace pass anew.
+#[test]
+fn what_another_generation_condemned_is_not_due() {
+    let mut world = World::new(3);
+    for _ in 0..40 {
+        let (branch, bytes) = (world.alive(), SEGMENT);
+        world.pass(8 * HOUR);
+        world.write(branch, bytes);
+        match world.running.is_some() {
+            true => world.finish(),
+            false => world.begin(),
+        }
+    }
+    let amounts = |report: &PruneReport| {
+        assert_eq!(report.failed, []);
+        let done = &report.locations[0];
+        (done.condemned.objects > 0, done.deleted.objects > 0)
+    };
+    assert_eq!(amounts(&world.prune()), (true, false));
+    world.pass(GRACE + 60);
+    world.generation = 2;
+    assert_eq!(amounts(&world.prune()), (true, false), "condemned by somebody else");
+    world.pass(GRACE + 60);
+    assert!(amounts(&world.prune()).1);
 }

@@ -11,6 +11,8 @@ pub struct SnapshotRequest {
     /// An immediate checkpoint; else PostgreSQL spreads it over minutes.
     pub fast_checkpoint: bool,
     pub reason: Reason,
+    /// Of the lease that is held.
+    pub generation: u64,
 }
 
 /// Why a snapshot is taken.

@@ -6,15 +6,16 @@ use backstay_common::name::ObjectName;
 use std::collections::{BTreeMap, BTreeSet};
 
 /// Kinds of objects in the order of the format: what one needs is in an earlier group.
-pub const GROUPS: usize = 4;
+pub const GROUPS: usize = 5;
 
 /// The group of an object; `None` for those that speak of one location.
 pub fn group(name: &ObjectName) -> Option<usize> {
     match name {
-        ObjectName::Wrap { .. } => Some(0),
+        ObjectName::Wrap { .. } | ObjectName::Lease { .. } => Some(0),
         ObjectName::Origin { .. } | ObjectName::Begin { .. } | ObjectName::Pin { .. } => Some(1),
-        ObjectName::Pack { .. } | ObjectName::Wal { .. } => Some(2),
-        ObjectName::Manifest { .. } => Some(3),
+        ObjectName::Pack { .. } | ObjectName::Wal { .. } | ObjectName::Gap { .. } => Some(2),
+        ObjectName::WalIndex { .. } => Some(3),
+        ObjectName::Manifest { .. } => Some(4),
         ObjectName::Cluster
         | ObjectName::Accepted { .. }
         | ObjectName::Head { .. }
@@ -22,13 +23,27 @@ pub fn group(name: &ObjectName) -> Option<usize> {
     }
 }
 
+/// True if the copies of an object are equal wherever it is. A lease is each location's own word, made there; one that lacks it
+/// takes another's.
+pub fn is_equal_everywhere(name: &ObjectName) -> bool {
+    group(name).is_some() && !matches!(name, ObjectName::Lease { .. })
+}
+
 /// What a location lacks of `all`, in groups that must be stored one after the other.
 ///
-/// WAL counts as there if the location's own objects cover its range: pieces that a span has superseded
-/// do not come back.
+/// WAL counts as there if the location's own objects cover its range, and an index if a larger one does: pieces that a
+/// span has superseded do not come back.
 pub fn missing(has: &BTreeSet<ObjectName>, all: &BTreeSet<ObjectName>) -> Vec<Vec<ObjectName>> {
     let covered = coverage(has);
+    let index = |name: &ObjectName| match name {
+        ObjectName::WalIndex { branch, range, .. } => Some((*branch, *range)),
+        _ => None,
+    };
+    let indexes: Vec<(Branch, LsnRange)> = has.iter().filter_map(index).collect();
     let is_covered = |name: &ObjectName| match name {
+        ObjectName::WalIndex { branch, range, .. } => {
+            indexes.iter().any(|(of, larger)| of == branch && larger.covers(range))
+        }
         ObjectName::Wal { branch, range, .. } => covers(&covered, *branch, *range),
         _ => false,
     };
@@ -67,7 +82,7 @@ pub fn unequal(listings: &[&BTreeMap<ObjectName, u64>]) -> BTreeSet<ObjectName> 
     let mut sizes: BTreeMap<&ObjectName, u64> = BTreeMap::new();
     let mut found = BTreeSet::new();
     for (name, &size) in listings.iter().flat_map(|listing| listing.iter()) {
-        if group(name).is_some() && *sizes.entry(name).or_insert(size) != size {
+        if is_equal_everywhere(name) && *sizes.entry(name).or_insert(size) != size {
             found.insert(name.clone());
         }
     }

@@ -1,6 +1,6 @@
 //! One location, as a pass sees it: what it lists, and what of that is damaged.
 
-use super::compare::group;
+use super::compare::is_equal_everywhere;
 use crate::alarms::Alarms;
 use crate::copy::{self, Expected};
 use crate::prune::System;
@@ -138,7 +138,7 @@ pub async fn examine(
     for place in places {
         let is_wanted = |name: &&ObjectName| match names {
             Some(names) => names.contains(*name),
-            None => group(name).is_some(),
+            None => is_equal_everywhere(name),
         };
         let wanted = place.listed.keys().filter(is_wanted).cloned().collect();
         let whole = match place.examine(wanted, expected).await {

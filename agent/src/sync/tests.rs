@@ -94,3 +94,18 @@ fn an_integrity_fault_decides_the_exit_code() {
     assert_eq!(report.exit_code(), 4);
     assert!(!report.is_complete() && !report.is_clean());
 }
+
+#[test]
+fn an_index_that_a_larger_one_has_replaced_does_not_come_back() {
+    let index = |start: u64, end: u64| -> ObjectName {
+        let branch = "00000001-01020304".parse().unwrap();
+        let range = LsnRange::new(Lsn::new(start), Lsn::new(end));
+        ObjectName::WalIndex { system: SYSTEM, branch, range, id: ObjectId::random() }
+    };
+    let has: BTreeSet<_> = [index(0, 16)].into();
+    let all: BTreeSet<_> = has.iter().cloned().chain([index(0, 4), index(16, 20)]).collect();
+    let lacked = missing(&has, &all).concat();
+    assert!(
+        matches!(lacked[..], [ObjectName::WalIndex { range, .. }] if range.end == Lsn::new(20))
+    );
+}

@@ -5,6 +5,7 @@ use super::frontier::Frontier;
 use super::line::Line;
 use super::shelf::Shelf;
 use backstay_common::config::Acknowledge;
+use backstay_common::id::Branch;
 use backstay_common::lsn::{Lsn, LsnRange};
 use backstay_common::pgtime::PgTime;
 use std::collections::BTreeMap;
@@ -37,6 +38,8 @@ pub struct State {
 #[derive(Clone, Debug, Default)]
 pub struct Server {
     pub connected: bool,
+    /// It is in recovery.
+    pub standing_by: bool,
     /// How far its WAL reached, by its last message.
     pub end: Lsn,
     pub clock: Option<PgTime>,
@@ -44,9 +47,18 @@ pub struct Server {
     pub quiet: Option<(Lsn, PgTime)>,
     /// Its shutdown checkpoint came then, and nothing after it.
     pub leaving: Option<Instant>,
-    /// The last gap.
-    pub gap: Option<LsnRange>,
+    pub gap: Option<LastGap>,
     pub last_error: Option<String>,
+}
+
+/// The last gap that was met, in this life of the agent or before.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LastGap {
+    pub range: LsnRange,
+    /// Nobody has its WAL. False where a history was left.
+    pub is_lost: bool,
+    /// None where it was not known yet.
+    pub branch: Option<Branch>,
 }
 
 /// How a location fares.

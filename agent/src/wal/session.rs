@@ -1,38 +1,40 @@
 //! The connection to PostgreSQL: where to begin, and what to do when a stream ends.
 //!
-//! It connects for ever, with pauses, until the agent stops. What decides where to begin is [`decide`], which is pure.
-//! A gap, WAL that the server no longer has, is written to `gaps` in the spool, fsynced, before the stream goes on
-//! behind it; nothing else ever skips WAL.
+//! It connects for ever, with pauses, until the agent stops. What decides whether the line goes on is [`decide`], which is
+//! pure; where another begins is found out in `session/begin`. While the server is a standby and another agent holds the lease, the
+//! agent stands by (`session/standby`). A gap (WAL that the server no longer has, or that cannot be decoded, or a history that was left) is kept
+//! in the spool, fsynced, before the stream goes on behind it; nothing else ever skips WAL.
+
+mod begin;
+mod standby;
 
 use super::WalPath;
-use super::branch;
+use super::branch::{self, Stock};
 use super::line::Line;
 use super::pipeline::{Fault, Pipeline};
 use super::receive::{End, receive};
+use crate::connect;
+use backstay_common::gap::Cause;
 use backstay_common::id::Branch;
 use backstay_common::lsn::{Lsn, LsnRange};
 use backstay_common::origin::Beginnings;
 use backstay_common::postgres::{
-    Connection, Conninfo, DUPLICATE_OBJECT, EndOfStream, Identity, Mode, Stream, StreamMessage,
-    UNDEFINED_FILE, literal,
+    Connection, DUPLICATE_OBJECT, EndOfStream, Identity, Mode, UNDEFINED_FILE, literal,
 };
 use backstay_common::segment::{Ancestor, TimelineId, parse_history};
-use backstay_common::wal::{Decoder, WalVersion};
-use backstay_common::{Context, Error, Kind, Result};
+use backstay_common::{Error, Kind, Result};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 const BACKOFF: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(15));
 /// A stream that lasted so long was a good one.
 const GOOD: Duration = Duration::from_secs(10);
-/// How long the first record of a timeline is waited for.
-const FIRST_RECORD_PATIENCE: Duration = Duration::from_secs(20);
-/// Bytes of WAL in which it must come.
-const FIRST_RECORD_WITHIN: u64 = 4 << 20;
+/// So often the same broken record is asked for before it is given up.
+const BROKEN_MAX: u32 = 3;
 
 /// Receives until the agent stops. An error is one that the process must stop for.
 pub async fn run(path: Arc<WalPath>, pipeline: Option<Pipeline>) -> Result<()> {
-    let mut session = Session { path: path.clone(), pipeline };
+    let mut session = Session { path: path.clone(), pipeline, broken: None };
     let stop = path.context.stop.clone();
     let mut failures = 0;
     while !stop.is_cancelled() {
@@ -75,6 +77,8 @@ struct Session {
     path: Arc<WalPath>,
     /// Of the current line; none before the first.
     pipeline: Option<Pipeline>,
+    /// Where the server's records broke off last, and how many times in a row.
+    broken: Option<(Lsn, u32)>,
 }
 
 /// What the server's timeline means for the line that is spooled.
@@ -122,6 +126,16 @@ impl Session {
         let mut connection = self.connect(Mode::Replication).await?;
         let identity = self.identify(&mut connection).await?;
         self.ensure_slot(&mut connection).await?;
+        let is_standby = is_standby(&connection);
+        if is_standby {
+            match self.path.leasing.is_free().await {
+                Ok(true) => {}
+                Ok(false) => return self.stand_by(connection, true).await,
+                // What is spooled was received from this standby, as the only agent.
+                Err(_) if self.pipeline.is_some() => {}
+                Err(_) => return self.stand_by(connection, false).await,
+            }
+        }
         let history = history_of(&mut connection, identity.timeline).await?;
         let decision = match &self.pipeline {
             Some(p) => {
@@ -130,11 +144,63 @@ impl Session {
             None => Decision::Anew,
         };
         match decision {
-            Decision::Continue => {}
+            Decision::Continue => self.go_on(&identity, is_standby).await?,
             Decision::Switch { next, at } => self.switch(&mut connection, next, at).await?,
             Decision::Anew => self.begin_anew(&mut connection, &identity).await?,
         }
         self.stream(connection).await
+    }
+
+    /// The server has the line's timeline and history, and must have its WAL as well.
+    async fn go_on(&mut self, identity: &Identity, is_standby: bool) -> Result<()> {
+        let Some(pipeline) = &self.pipeline else { return Ok(()) };
+        let (line, position) = (&pipeline.line, pipeline.position());
+        // A standby that was restarted asks its primary again for what it had.
+        let is_behind = position > identity.flush && !is_standby;
+        if line.timeline() == identity.timeline && is_behind {
+            return self.diverge(identity.flush, identity.flush).await;
+        }
+        if self.broken.is_some_and(|(at, times)| at == position && times >= BROKEN_MAX) {
+            let from = self.path.context.segment_size.start_of(identity.flush);
+            if from > position {
+                let reason = format!(
+                    "the server's records break off at {position}, each time that they are asked for"
+                );
+                return self.skip(position, from, Cause::Broken, reason).await;
+            }
+        }
+        Ok(())
+    }
+
+    /// What the server has from `at` on is not what it had: it was reset to an older state, or is another one. It gets a
+    /// branch of its own, which begins with the segment that holds `at`.
+    async fn diverge(&mut self, at: Lsn, flush: Lsn) -> Result<()> {
+        let Some(pipeline) = &self.pipeline else { return Ok(()) };
+        let beginnings = pipeline.line.beginnings.clone();
+        let left = pipeline.line.branch();
+        let (branch, origin) = branch::open_another(&self.path, &beginnings).await?;
+        let left = left.map_or("a branch without a name".to_string(), |left| left.to_string());
+        let reason = format!(
+            "from {at} on the server's WAL is not what it was on branch {left}: it goes on as branch {branch}"
+        );
+        tracing::warn!(%branch, "{reason}");
+        let (path, gap) = (self.path.clone(), LsnRange::new(at, flush.max(at.add(1))));
+        super::blocking(move || {
+            path.sealed.keep_origin(branch, &origin)?;
+            path.record_gap(gap, Cause::Diverged, Some(branch), reason)
+        })
+        .await?;
+        let begin = self.path.context.segment_size.start_of(at);
+        self.begin_line(beginnings, Some(branch), begin, Lsn::INVALID).await
+    }
+
+    /// The line ends, and another of its branch begins at `from`, behind what cannot be had.
+    async fn skip(&mut self, position: Lsn, from: Lsn, cause: Cause, reason: String) -> Result<()> {
+        let Some(pipeline) = &self.pipeline else { return Ok(()) };
+        let (beginnings, branch) = (pipeline.line.beginnings.clone(), pipeline.line.branch());
+        self.record_gap(LsnRange::new(position, from), cause, branch, reason).await?;
+        self.broken = None;
+        self.begin_line(beginnings, branch, from, Lsn::INVALID).await
     }
 
     /// Streams the current line, and those that follow it, for as long as the connection lasts.
@@ -173,8 +239,8 @@ impl Session {
     /// A connection to go on with, if there is one.
     async fn ended(&mut self, end: End) -> Result<Option<Connection>> {
         if !matches!(end, End::Pipeline(_)) {
-            self.path.context.alarms.clear("wal-diverged", "");
             self.path.context.alarms.clear("wal-broken", "");
+            self.broken = None;
         }
         match end {
             End::Server(EndOfStream::TimelineSwitch { next, start }, stream) => {
@@ -190,11 +256,15 @@ impl Session {
             }
             End::Stopped => Ok(None),
             End::Failed(error) => self.refused(error).await.map(|()| None),
+            End::Pipeline(Fault::Diverged { at }) => {
+                let flush = self.path.board.read(|state| state.server.end);
+                self.diverge(at, flush).await.map(|()| None)
+            }
             End::Pipeline(fault) => Err(self.broken(fault)),
         }
     }
 
-    fn broken(&self, fault: Fault) -> Error {
+    fn broken(&mut self, fault: Fault) -> Error {
         let alarms = &self.path.context.alarms;
         match fault {
             Fault::Hole { expected, found } => {
@@ -202,16 +272,15 @@ impl Session {
                 Error::new(Kind::Postgres, reason)
             }
             Fault::Diverged { at } => {
-                let reason = format!("the server's WAL at {at} is not what it sent before");
-                alarms.raise("wal-diverged", "", &reason);
-                Error::new(Kind::Postgres, reason).remedy(
-                    "if the server was reset to an older state, move the spool away and start again",
-                )
+                Error::new(Kind::Bug, format!("the divergence at {at} was not followed"))
             }
             Fault::Broken(fault) => {
                 let reason =
                     format!("the server's WAL does not continue what came before: {fault}");
                 alarms.raise("wal-broken", "", &reason);
+                let position = self.pipeline.as_ref().map_or(Lsn::INVALID, Pipeline::position);
+                let before = self.broken.filter(|(at, _)| *at == position);
+                self.broken = Some((position, before.map_or(1, |(_, times)| times + 1)));
                 Error::new(Kind::Postgres, reason)
             }
             Fault::Held => {
@@ -226,16 +295,18 @@ impl Session {
         let Some(pipeline) = self.pipeline.as_ref().filter(|_| is_gone(&error)) else {
             return Err(error);
         };
-        let position = pipeline.position();
+        let (position, branch) = (pipeline.position(), pipeline.line.branch());
         let mut connection = self.connect(Mode::Replication).await?;
         let identity = self.identify(&mut connection).await?;
         let history = history_of(&mut connection, identity.timeline).await?;
         let line = &pipeline.line.beginnings;
+        let reason = format!("the server no longer has the WAL after {position}");
         if line.timeline != identity.timeline {
             // The rest of an older timeline is gone; the next one may still be there.
             let decided = decide(line, Lsn::MAX, identity.timeline, history.as_deref())?;
             if let Decision::Switch { next, at } = decided {
-                self.record_gap(LsnRange::new(position, at.max(position)))?;
+                let gap = LsnRange::new(position, at.max(position));
+                self.record_gap(gap, Cause::Removed, branch, reason).await?;
                 return self.switch(&mut connection, next, at).await;
             }
         }
@@ -243,16 +314,27 @@ impl Session {
         if from <= position {
             return Err(error.context(format!("WAL from {position} on, which the slot holds")));
         }
-        self.record_gap(LsnRange::new(position, from))?;
-        let (beginnings, branch) = (line.clone(), pipeline.line.branch());
-        self.begin_line(beginnings, branch, from, Lsn::INVALID).await
+        self.skip(position, from, Cause::Removed, reason).await
     }
 
-    fn record_gap(&self, gap: LsnRange) -> Result<()> {
-        if gap.is_empty() {
-            return Ok(());
+    /// Keeps those parts of a gap that no location has either.
+    async fn record_gap(
+        &self,
+        gap: LsnRange,
+        cause: Cause,
+        branch: Option<Branch>,
+        reason: String,
+    ) -> Result<()> {
+        let missing = match branch {
+            _ if gap.is_empty() => return Ok(()),
+            Some(branch) => Stock::list(&self.path).await.missing(branch, gap),
+            None => vec![gap],
+        };
+        for part in missing {
+            let (path, reason) = (self.path.clone(), reason.clone());
+            super::blocking(move || path.record_gap(part, cause, branch, reason)).await?;
         }
-        self.path.record_gap(gap)
+        Ok(())
     }
 
     /// The first WAL that the server holds for us.
@@ -263,32 +345,6 @@ impl Session {
         );
         let held = self.first_value(&asked).await?.and_then(|text| text.parse().ok());
         Ok(held.unwrap_or(flush))
-    }
-
-    /// The line that is spooled ends; that of timeline `next` begins with the segment that holds `at`.
-    async fn switch(
-        &mut self,
-        connection: &mut Connection,
-        next: TimelineId,
-        at: Lsn,
-    ) -> Result<()> {
-        tracing::info!(timeline = %next, %at, "timeline switch");
-        let beginnings = self.beginnings(connection, next).await?;
-        let begin = self.path.context.segment_size.start_of(at);
-        self.begin_line(beginnings, None, begin, at).await
-    }
-
-    /// Nothing is spooled that the server could continue.
-    async fn begin_anew(&mut self, connection: &mut Connection, identity: &Identity) -> Result<()> {
-        let beginnings = self.beginnings(connection, identity.timeline).await?;
-        let held = self.held_from(identity.flush).await?;
-        let answers = branch::ask_all(&self.path, &beginnings).await;
-        let required = answers.iter().flatten().filter(|found| found.is_required);
-        let frontiers = required.map(|found| found.frontier);
-        let least = frontiers.filter(|lsn| lsn.is_valid()).min();
-        let from = least.unwrap_or(held).min(identity.flush);
-        let begin = self.path.context.segment_size.start_of(from);
-        self.begin_line(beginnings, None, begin, Lsn::INVALID).await
     }
 
     /// Ends the current line and begins another, whose branch may be known.
@@ -315,64 +371,8 @@ impl Session {
         Ok(())
     }
 
-    async fn beginnings(
-        &self,
-        connection: &mut Connection,
-        timeline: TimelineId,
-    ) -> Result<Beginnings> {
-        if timeline == TimelineId::FIRST {
-            return Ok(Beginnings::of_first_timeline());
-        }
-        let history = history_of(connection, timeline).await?;
-        let mut beginnings = Beginnings { timeline, history, first_record: None };
-        let switch = beginnings.switch()?;
-        let read = tokio::time::timeout(FIRST_RECORD_PATIENCE, self.first_record(timeline, switch));
-        let waited =
-            |_| Error::new(Kind::Postgres, format!("timeline {timeline} has no record yet"));
-        beginnings.first_record = match read.await.map_err(waited)? {
-            Err(error) if is_gone(&error) => None,
-            read => Some(read?),
-        };
-        Ok(beginnings)
-    }
-
-    /// The first record of a timeline that begins at `switch`, read over a connection of its own.
-    async fn first_record(&self, timeline: TimelineId, switch: Lsn) -> Result<Vec<u8>> {
-        let context = &self.path.context;
-        let version = WalVersion::from_major(context.major())
-            .map_err(|unknown| Error::new(Kind::Postgres, unknown))?;
-        let mut decoder =
-            Decoder::new(version, context.segment_size, context.system, timeline, switch);
-        let from = context.segment_size.start_of(switch);
-        let connection = self.connect(Mode::Replication).await?;
-        let mut stream: Stream = connection.start_replication(None, timeline, from).await?;
-        let mut wal = Vec::new();
-        loop {
-            let StreamMessage::Wal { start, bytes, .. } = stream.next().await? else { continue };
-            let skip = switch.since(start).min(bytes.len() as u64) as usize;
-            wal.extend_from_slice(&bytes[skip..]);
-            // Eight bytes at a time: no two records end within them.
-            while decoder.record_count() == 0 {
-                let at = decoder.position().since(switch) as usize;
-                let Some(next) = wal.get(at..at + 8) else { break };
-                let fed = decoder.feed(next, &mut |_| {}).map_err(Error::from);
-                fed.context("read a timeline's first record")?;
-            }
-            if let Some(first) = decoder.take_first_record() {
-                let until = decoder.record_end().since(switch).min(wal.len() as u64) as usize;
-                return Ok(wal[first.since(switch) as usize..until].to_vec());
-            }
-            if wal.len() as u64 > FIRST_RECORD_WITHIN {
-                let reason = format!("timeline {timeline} begins with no record at {switch}");
-                return Err(Error::new(Kind::Postgres, reason));
-            }
-        }
-    }
-
     async fn connect(&self, mode: Mode) -> Result<Connection> {
-        let settings = &self.path.context.settings.postgres;
-        let info =
-            Conninfo::parse(&settings.conninfo)?.with_default_application_name(&settings.slot);
+        let info = connect::conninfo(&self.path.context.settings)?;
         Connection::connect(&info, mode).await
     }
 
@@ -382,9 +382,11 @@ impl Session {
         if identity.system != expected {
             let reason =
                 format!("the server is system {}, not {expected} as before", identity.system);
+            self.path.context.alarms.raise("wal-foreign", "", &reason);
             return Err(Error::new(Kind::Postgres, reason)
                 .remedy("correct conninfo, or restart the agent if the server was replaced"));
         }
+        self.path.context.alarms.clear("wal-foreign", "");
         Ok(identity)
     }
 
@@ -436,6 +438,10 @@ impl Session {
             None => Ok(()),
         }
     }
+}
+
+fn is_standby(connection: &Connection) -> bool {
+    connection.parameter("in_hot_standby") == Some("on")
 }
 
 fn is_gone(error: &Error) -> bool {

@@ -44,6 +44,17 @@ fn the_example_is_read() {
     assert_eq!(settings.durability.acknowledge, Acknowledge::All);
     assert_eq!(settings.retention.window, Duration::from_secs(30 * 86_400));
     assert_eq!(settings.spool.bytes_max, 16 << 30);
+    assert_eq!(settings.index.spans, 128);
+}
+
+#[test]
+fn blocks_of_an_index_are_powers_of_two() {
+    let with = |spans: &str| parse(&format!("{EXAMPLE}\n[index]\nspans = {spans}\n"));
+    assert_eq!(with("16").unwrap().index.spans, 16);
+    for bad in ["0", "48", "8192"] {
+        let faults = with(bad).unwrap_err();
+        assert!(faults.len() == 1 && faults[0].contains("spans"), "{faults:?}");
+    }
 }
 
 #[test]

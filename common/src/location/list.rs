@@ -1,6 +1,7 @@
 //! Listings and deletion.
 
 use super::Location;
+use super::requests::PAGE;
 use crate::error::{Error, Kind, Result};
 use crate::name::ObjectName;
 use futures::{StreamExt, TryStreamExt, stream};
@@ -30,6 +31,56 @@ impl Location {
     /// Those of `list(folder)` whose path is greater than `after`, which begins with `folder`.
     pub async fn list_from(&self, folder: &str, after: &str) -> Result<Vec<Listed>> {
         self.listing(folder, Some(after)).await
+    }
+
+    /// The first page of `list(folder)`, and whether it is all. One request.
+    pub async fn list_page(&self, folder: &str) -> Result<(Vec<Listed>, bool)> {
+        self.on_disk(|disk| disk.check()).await?;
+        let at = self.at(folder)?;
+        let fault = |e: StoreError| self.fault("list", folder, &e);
+        let page = self.0.reads.list(Some(&at)).take(PAGE);
+        let found: Vec<ObjectMeta> = page.try_collect().await.map_err(fault)?;
+        let is_all = found.len() < PAGE;
+        Ok((found.iter().map(|meta| self.listed(meta)).collect::<Result<_>>()?, is_all))
+    }
+
+    /// Those of `list_from(folder, after)` whose path is at most `until`. Of a bucket, which lists in order, nothing
+    /// is asked for beyond the page that reaches `until`.
+    pub async fn list_between(
+        &self,
+        folder: &str,
+        after: &str,
+        until: Option<&str>,
+    ) -> Result<Vec<Listed>> {
+        if self.is_folder() {
+            let mut listed = self.list_from(folder, after).await?;
+            listed.retain(|object| until.is_none_or(|until| object.path.as_str() <= until));
+            return Ok(listed);
+        }
+        let (at, offset) = (self.at(folder)?, self.at(after)?);
+        let mut found = self.0.reads.list_with_offset(Some(&at), &offset);
+        let mut listed = Vec::new();
+        while let Some(meta) = found.next().await {
+            let object = self.listed(&meta.map_err(|e| self.fault("list", folder, &e))?)?;
+            if until.is_some_and(|until| object.path.as_str() > until) {
+                break;
+            }
+            if object.path.as_str() > after {
+                listed.push(object);
+            }
+        }
+        Ok(listed)
+    }
+
+    /// The folders directly in `folder`, in order; each ends in `/`. One request for a thousand of them.
+    pub async fn folders(&self, folder: &str) -> Result<Vec<String>> {
+        let at = self.at(folder)?;
+        let found = self.0.reads.list_with_delimiter(Some(&at)).await;
+        let found = found.map_err(|e| self.fault("list", folder, &e))?;
+        let mut folders: Vec<String> =
+            found.common_prefixes.iter().map(|path| self.relative(path) + "/").collect();
+        folders.sort_unstable();
+        Ok(folders)
     }
 
     async fn listing(&self, folder: &str, after: Option<&str>) -> Result<Vec<Listed>> {

@@ -307,6 +307,14 @@ impl Conninfo {
         self
     }
 
+    /// With several hosts and no `target_session_attrs`: the primary among them.
+    pub fn preferring_the_primary(mut self) -> Conninfo {
+        if self.hosts.len() > 1 && self.target == TargetSession::Any {
+            self.target = TargetSession::Primary;
+        }
+        self
+    }
+
     pub fn user(&self) -> &str {
         &self.user
     }

@@ -92,12 +92,13 @@ pub(super) fn back(moment: Timestamp, span: std::time::Duration) -> Timestamp {
 }
 
 impl Judge<'_> {
-    /// All its packs are listed with their sizes, and its WAL without a hole.
+    /// All its packs are listed with their sizes, and its WAL without a hole; and its agent held the lease.
     fn is_usable(&self, plain: &ManifestPlain) -> bool {
         let needed = plain.wal_needed();
         let covered = self.pasts.get(&plain.branch).map_or(&[][..], |past| &past.covered);
         let is_whole = needed.is_empty() || covered.iter().any(|range| range.covers(&needed));
         is_whole
+            && !self.view.is_superseded(plain)
             && plain.packs.iter().all(|pack| {
                 let seen = self.view.objects.get(&pack.name(self.view.system));
                 seen.is_some_and(|seen| seen.size == pack.size)

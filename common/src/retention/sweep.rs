@@ -23,6 +23,9 @@ struct Sweep<'a> {
     newest_heads: BTreeMap<&'a AgentName, u64>,
     newest_condemned: Option<&'a ObjectName>,
     is_succeeded: bool,
+    newest_lease: Option<u64>,
+    /// Of the snapshots that are listed.
+    oldest_generation: Option<u64>,
 }
 
 pub(super) fn sweep(view: &View, rules: &Rules, kept: Kept) -> Verdict {
@@ -52,6 +55,8 @@ pub(super) fn sweep(view: &View, rules: &Rules, kept: Kept) -> Verdict {
         newest_heads,
         newest_condemned,
         is_succeeded: rules.is_succeeded,
+        newest_lease: view.objects.keys().filter_map(generation).max(),
+        oldest_generation: view.oldest_generation(),
         kept,
     };
     let mut verdict = Verdict::default();
@@ -66,6 +71,13 @@ pub(super) fn sweep(view: &View, rules: &Rules, kept: Kept) -> Verdict {
     verdict.wal = sweep.kept.wal;
     verdict.holds = sweep.kept.holds;
     verdict
+}
+
+fn generation(name: &ObjectName) -> Option<u64> {
+    match name {
+        ObjectName::Lease { generation, .. } => Some(*generation),
+        _ => None,
+    }
 }
 
 fn stored(view: &View, name: &ObjectName) -> Option<Timestamp> {
@@ -116,6 +128,12 @@ impl Sweep<'_> {
                 }
             }
             ObjectName::Pin { pin, .. } => self.pin(*pin, name),
+            ObjectName::Lease { generation, .. } => self.lease(*generation),
+            ObjectName::Gap { branch, range, .. } => self.gap(*branch, *range),
+            ObjectName::WalIndex { branch, range, .. } => match self.is_needed(*branch, *range) {
+                true => Ok(Stays::Window),
+                false => Err(Gone::Index),
+            },
         }
     }
 
@@ -136,17 +154,40 @@ impl Sweep<'_> {
         self.packs.get(id).copied().or(running).ok_or(Gone::Pack)
     }
 
-    fn wal(&self, branch: Branch, range: LsnRange) -> Result<Stays, Gone> {
+    /// Whether WAL of the range stays.
+    fn is_needed(&self, branch: Branch, range: LsnRange) -> bool {
         let needed = self.kept.wal.get(&branch).map_or(&[][..], Vec::as_slice);
         // Disjoint and sorted, so the ends are sorted too.
         let next = needed.partition_point(|need| need.end <= range.start);
-        match needed.get(next).is_some_and(|need| need.start < range.end) {
-            false if needed.is_empty() && !self.kept.branches.contains(&branch) => {
-                Err(Gone::Branch)
-            }
+        needed.get(next).is_some_and(|need| need.start < range.end)
+    }
+
+    fn wal(&self, branch: Branch, range: LsnRange) -> Result<Stays, Gone> {
+        match self.is_needed(branch, range) {
+            false if !self.kept.branches.contains(&branch) => Err(Gone::Branch),
             false => Err(Gone::Wal),
             true if self.superseded.contains(&(branch, range)) => Err(Gone::Superseded),
             true => Ok(Stays::Window),
+        }
+    }
+
+    /// A snapshot is judged by the leases of later generations, and the newest says who may go on: of a system that was
+    /// succeeded until its last snapshot has gone.
+    fn lease(&self, generation: u64) -> Result<Stays, Gone> {
+        let judges = self.oldest_generation.is_some_and(|oldest| oldest < generation);
+        let is_over = self.is_succeeded && self.oldest_generation.is_none();
+        match judges || (self.newest_lease == Some(generation) && !is_over) {
+            true => Ok(Stays::Bookkeeping),
+            false => Err(Gone::Lease),
+        }
+    }
+
+    /// It tells why no moment in it can be reached, as long as one before or behind it can.
+    fn gap(&self, branch: Branch, range: LsnRange) -> Result<Stays, Gone> {
+        let needed = self.kept.wal.get(&branch).map_or(&[][..], Vec::as_slice);
+        match needed.iter().any(|need| need.start <= range.end && range.start <= need.end) {
+            true => Ok(Stays::Window),
+            false => Err(Gone::Gap),
         }
     }
 

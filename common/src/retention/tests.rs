@@ -1,5 +1,6 @@
 use super::*;
 use crate::id::{Branch, ObjectId, SnapshotId, SystemId};
+use crate::lease::Lease;
 use crate::lsn::{Lsn, LsnRange};
 use crate::name::ObjectName;
 use crate::pin::{Hold, PinRecord, damage_pin};
@@ -355,4 +356,93 @@ fn pieces_go_when_one_longer_object_covers_them_and_equal_ones_stay() {
     let verdict = judge(&story.0, &week());
     assert_eq!(verdict.goes[&piece], Gone::Superseded);
     assert!([edge, span, twin].iter().all(|name| verdict.stays.contains_key(name)));
+}
+
+fn lease(story: &mut Story, generation: u64, begun: &[SnapshotId]) -> ObjectName {
+    let name = ObjectName::Lease { system: SYSTEM, generation };
+    story.list(name.clone(), ago(300.0), 1);
+    story.0.leases.push(Lease {
+        generation,
+        agent: "db1".parse().unwrap(),
+        slot: "backstay_db1".into(),
+        holder: [1; 16],
+        begun: begun.to_vec(),
+        is_complete: true,
+        made: 0,
+    });
+    name
+}
+
+#[test]
+fn a_snapshot_that_was_begun_without_the_lease_does_not_begin_the_window() {
+    let (mut story, snapshots) = Story::daily(12);
+    for id in &snapshots {
+        story.0.manifests.get_mut(id).unwrap().generation = 1;
+    }
+    let others: Vec<_> = snapshots.iter().copied().filter(|id| *id != snapshots[4]).collect();
+    lease(&mut story, 2, &others);
+    assert_eq!(story.kept(&week()), set(&snapshots[3..]));
+}
+
+#[test]
+fn a_lease_stays_while_a_snapshot_is_judged_by_it_and_the_newest_stays() {
+    let (mut story, snapshots) = Story::daily(3);
+    for (id, generation) in snapshots.iter().zip([2, 2, 3]) {
+        story.0.manifests.get_mut(id).unwrap().generation = generation;
+    }
+    let leases = [1, 2, 3, 4].map(|generation| lease(&mut story, generation, &snapshots));
+    let stays = |story: &Story| {
+        let verdict = judge(&story.0, &week());
+        assert!(verdict.goes.values().all(|why| *why == Gone::Lease));
+        leases.clone().map(|name| verdict.stays.contains_key(&name))
+    };
+    assert_eq!(stays(&story), [false, false, true, true]);
+    story.0.manifests.values_mut().for_each(|plain| plain.generation = 4);
+    assert_eq!(stays(&story), [false, false, false, true]);
+    // Of a system that was succeeded it stays as long as a snapshot does.
+    let stays = |story: &Story| {
+        let verdict = judge(&story.0, &Rules { is_succeeded: true, ..week() });
+        leases.clone().map(|name| verdict.stays.contains_key(&name))
+    };
+    assert_eq!(stays(&story), [false, false, false, true]);
+    for snapshot in &snapshots {
+        story.0.manifests.remove(snapshot);
+        story.0.begins.remove(snapshot);
+    }
+    assert_eq!(stays(&story), [false; 4]);
+}
+
+#[test]
+fn a_gap_goes_with_the_wal_on_both_sides() {
+    let (mut story, snapshots) = Story::daily(12);
+    let gap = |from: u64, to: u64| {
+        let range = LsnRange::new(Lsn::new(from), Lsn::new(to));
+        let id = ObjectId::from_bytes(from.to_be_bytes());
+        ObjectName::Gap { system: SYSTEM, branch: branch(1), range, id }
+    };
+    let from = story.0.manifests[&snapshots[4]].wal_needed().start.get();
+    let (before, edge, inside) = (gap(1, from - 1), gap(2, from), gap(from + MIB, from + 2 * MIB));
+    for name in [&before, &edge, &inside] {
+        story.list(name.clone(), ago(300.0), 1);
+    }
+    let verdict = judge(&story.0, &week());
+    assert_eq!(verdict.goes.get(&before), Some(&Gone::Gap));
+    assert!(verdict.stays.contains_key(&edge) && verdict.stays.contains_key(&inside));
+}
+
+#[test]
+fn an_index_goes_when_no_wal_of_its_block_stays() {
+    let (mut story, snapshots) = Story::daily(12);
+    let from = story.0.manifests[&snapshots[4]].wal_needed().start.get() / MIB;
+    let mut index = |from: u64, to: u64| {
+        let range = LsnRange::new(Lsn::new(from * MIB), Lsn::new(to * MIB));
+        let id = ObjectId::from_bytes((from << 20 | to).to_be_bytes());
+        let name = ObjectName::WalIndex { system: SYSTEM, branch: branch(1), range, id };
+        story.list(name.clone(), ago(300.0), 1);
+        name
+    };
+    let (before, across) = (index(0, from), index(0, from + 1));
+    let verdict = judge(&story.0, &week());
+    assert_eq!(verdict.goes.get(&before), Some(&Gone::Index));
+    assert!(verdict.stays.contains_key(&across));
 }

@@ -58,6 +58,12 @@ pub enum Gone {
     Branch,
     /// A head that later ones replace.
     Head,
+    /// A lease that later ones replace, and that no snapshot is judged by.
+    Lease,
+    /// A gap in WAL that nothing which stays replays.
+    Gap,
+    /// An index of WAL of which nothing stays.
+    Index,
     /// The pin has ended or been renewed.
     Pin,
     /// All that it condemned is gone.
@@ -74,6 +80,9 @@ impl fmt::Display for Gone {
             Gone::Superseded => "a longer object covers the WAL",
             Gone::Branch => "nothing of the branch is needed",
             Gone::Head => "later heads replace it",
+            Gone::Lease => "no snapshot is older than the lease",
+            Gone::Gap => "nothing that stays replays the WAL around the gap",
+            Gone::Index => "nothing that stays replays the WAL that it indexes",
             Gone::Pin => "the pin has ended or was renewed",
             Gone::Condemned => "all that it condemned is gone",
         })

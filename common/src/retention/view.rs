@@ -2,6 +2,7 @@
 
 use crate::condemned::Condemned;
 use crate::id::{Branch, SnapshotId, SystemId};
+use crate::lease::{self, Lease};
 use crate::line::Past;
 use crate::lsn::LsnRange;
 use crate::name::ObjectName;
@@ -20,7 +21,7 @@ pub struct Seen {
     pub size: u64,
 }
 
-/// Everything that a judgement is made from. It must be complete: every manifest, `begin`, origin and pin that is
+/// Everything that a judgement is made from. It must be complete: every manifest, `begin`, origin, pin and lease that is
 /// listed has been read, or nothing may be judged.
 #[derive(Clone, Debug)]
 pub struct View {
@@ -40,6 +41,8 @@ pub struct View {
     /// By name; of each pin the last one counts.
     pub pins: BTreeMap<ObjectName, PinRecord>,
     pub condemned: BTreeMap<ObjectName, Condemned>,
+    /// Every listed lease.
+    pub leases: Vec<Lease>,
 }
 
 /// Whether a snapshot may be what the window begins with. A committed manifest is; one with damaged pages is not. A record
@@ -61,6 +64,7 @@ impl View {
             heard: BTreeMap::new(),
             pins: BTreeMap::new(),
             condemned: BTreeMap::new(),
+            leases: Vec::new(),
         }
     }
 
@@ -85,6 +89,7 @@ impl View {
                 *heard = (*heard).max(*at);
             }
             union.pins.extend(view.pins.iter().map(|(name, pin)| (name.clone(), pin.clone())));
+            union.leases.extend(view.leases.iter().cloned());
         }
         union.begins.retain(|id, _| !union.manifests.contains_key(id));
         Some(union)
@@ -97,6 +102,17 @@ impl View {
                 seen.stored = seen.stored.min(first.stored);
             }
         }
+    }
+
+    /// Whether the snapshot was begun when its agent no longer held the lease: nobody restores it.
+    pub(super) fn is_superseded(&self, plain: &ManifestPlain) -> bool {
+        lease::is_superseded(plain.snapshot, plain.generation, &self.leases)
+    }
+
+    /// The least generation of a listed snapshot, be it finished or not.
+    pub(super) fn oldest_generation(&self) -> Option<u64> {
+        let manifests = self.manifests.values().map(|plain| plain.generation);
+        manifests.chain(self.begins.values().map(|begin| begin.generation)).min()
     }
 
     /// The listed WAL of each branch, sorted by range.

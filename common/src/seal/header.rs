@@ -38,6 +38,7 @@ pub enum ObjectKind {
     Wrap = 2,
     Origin = 3,
     Wal = 4,
+    WalIndex = 5,
     Head = 6,
     Pack = 7,
     Begin = 8,
@@ -45,14 +46,17 @@ pub enum ObjectKind {
     Pin = 10,
     Condemned = 11,
     Accepted = 12,
+    Lease = 14,
+    Gap = 15,
 }
 
 impl ObjectKind {
-    const ALL: [ObjectKind; 11] = [
+    const ALL: [ObjectKind; 14] = [
         ObjectKind::Cluster,
         ObjectKind::Wrap,
         ObjectKind::Origin,
         ObjectKind::Wal,
+        ObjectKind::WalIndex,
         ObjectKind::Head,
         ObjectKind::Pack,
         ObjectKind::Begin,
@@ -60,6 +64,8 @@ impl ObjectKind {
         ObjectKind::Pin,
         ObjectKind::Condemned,
         ObjectKind::Accepted,
+        ObjectKind::Lease,
+        ObjectKind::Gap,
     ];
 
     /// The kind of the object that `name` names.
@@ -70,12 +76,15 @@ impl ObjectKind {
             ObjectName::Wrap { .. } => ObjectKind::Wrap,
             ObjectName::Origin { .. } => ObjectKind::Origin,
             ObjectName::Wal { .. } => ObjectKind::Wal,
+            ObjectName::WalIndex { .. } => ObjectKind::WalIndex,
             ObjectName::Head { .. } => ObjectKind::Head,
             ObjectName::Pack { .. } => ObjectKind::Pack,
             ObjectName::Begin { .. } => ObjectKind::Begin,
             ObjectName::Manifest { .. } => ObjectKind::Manifest,
             ObjectName::Pin { .. } => ObjectKind::Pin,
             ObjectName::Condemned { .. } => ObjectKind::Condemned,
+            ObjectName::Lease { .. } => ObjectKind::Lease,
+            ObjectName::Gap { .. } => ObjectKind::Gap,
         }
     }
 

@@ -2,10 +2,12 @@
 
 use backstay_common::cluster::AcceptedRecord;
 use backstay_common::condemned::Condemned;
+use backstay_common::gap::{Cause, Gap};
 use backstay_common::head::Head;
-use backstay_common::id::{Branch, SnapshotId, SystemId};
+use backstay_common::id::{Branch, ObjectId, SnapshotId, SystemId};
 use backstay_common::keys::Keyring;
 use backstay_common::keys::file::FileProvider;
+use backstay_common::lease::Lease;
 use backstay_common::location::{Location, LocationSettings};
 use backstay_common::lsn::{Lsn, LsnRange};
 use backstay_common::name::ObjectName;
@@ -16,6 +18,7 @@ use backstay_common::segment::TimelineId;
 use backstay_common::snapshot::{Begin, FileDigest, PageHash, page_hash};
 use backstay_common::span::SpanMeta;
 use backstay_common::wal::{Minima, RestorePoint, Summary};
+use backstay_common::walindex::{IndexEntry, WalIndex};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -105,10 +108,47 @@ pub fn span_meta() -> SpanMeta {
     SpanMeta { summary, clock, major: 17, segment_bytes: 16 << 20 }
 }
 
+/// Of a block of four spans: that of the fixtures, and one that is gone.
+pub fn index(id: ObjectId, size: u64) -> WalIndex {
+    let block = LsnRange::new(Lsn::new(0x16_B000_0000), Lsn::new(0x16_B400_0000));
+    let gone = LsnRange::new(Lsn::new(0x16_B200_0000), Lsn::new(0x16_B300_0000));
+    let plain = SpanMeta { summary: Summary::default(), clock: None, ..span_meta() };
+    let entries = vec![
+        IndexEntry::new(range(), id, size, span_meta()),
+        IndexEntry::new(gone, ObjectId::from_bytes(*b"long ago"), 4711, plain),
+    ];
+    WalIndex::new(block, entries)
+}
+
 pub fn head() -> (ObjectName, Head) {
     let name = ObjectName::Head { system: SYSTEM, agent: "db1".parse().unwrap(), seq: 42 };
     let [branch, _] = branches();
     (name, Head { branch, covered: range().end, clock: PgTime(848_541_900_000_000) })
+}
+
+pub fn lease() -> Lease {
+    Lease {
+        generation: 3,
+        agent: "db1".parse().unwrap(),
+        slot: "backstay_db1".into(),
+        holder: *b"a state folder's",
+        begun: vec!["20261121T020000Z-00c0ffee".parse().unwrap()],
+        is_complete: true,
+        made: 1_795_312_800,
+    }
+}
+
+pub fn gap() -> Gap {
+    let [_, branch] = branches();
+    Gap {
+        branch,
+        start: Lsn::new(0x16_B500_0000),
+        end: Lsn::new(0x16_B700_0000),
+        cause: Cause::Removed.word().into(),
+        agent: "db1".parse().unwrap(),
+        noticed: 1_795_312_900,
+        detail: "the server no longer has the WAL after 16/B5000000".into(),
+    }
 }
 
 pub fn snapshot() -> SnapshotId {

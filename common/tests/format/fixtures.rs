@@ -4,8 +4,10 @@ use crate::contents::*;
 use backstay_common::cbor;
 use backstay_common::cluster::{AcceptedRecord, ClusterRecord, Identity};
 use backstay_common::condemned::Condemned;
+use backstay_common::gap::Gap;
 use backstay_common::head::Head;
 use backstay_common::keys::Epoch;
+use backstay_common::lease::Lease;
 use backstay_common::name::{ObjectName, folder};
 use backstay_common::origin::Origin;
 use backstay_common::pin::PinRecord;
@@ -16,6 +18,7 @@ use backstay_common::snapshot::{
     TablePart,
 };
 use backstay_common::span::WalObject;
+use backstay_common::walindex::WalIndex;
 use bytes::Bytes;
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -43,7 +46,7 @@ fn of_kind(objects: &BTreeMap<ObjectName, Bytes>, kind: ObjectKind) -> Vec<(&Obj
 #[tokio::test]
 async fn every_object_checks_without_a_key() {
     let (objects, _) = all().await;
-    assert_eq!(objects.len(), 15);
+    assert_eq!(objects.len(), 18);
     for (name, bytes) in &objects {
         assert_eq!(Header::check(bytes, name).unwrap().name(), name);
     }
@@ -61,6 +64,8 @@ async fn every_object_checks_without_a_key() {
     assert_eq!(AcceptedRecord::read(&bytes, name).unwrap(), accepted());
     let identity = Identity::read(&location(&fixtures())).await.unwrap();
     assert_eq!(identity.systems, [(SYSTEM, cluster.made), (NEXT_SYSTEM, accepted().made)]);
+    let (name, bytes) = of_kind(&objects, ObjectKind::Lease).remove(0);
+    assert_eq!(Lease::read(&bytes, name).unwrap(), lease());
 }
 
 #[tokio::test]
@@ -72,6 +77,8 @@ async fn branches_and_heads_open() {
         assert!(origin.agrees(&beginnings).unwrap(), "{name}");
         assert_eq!(origin.history(), beginnings.history.as_deref());
     }
+    let (name, bytes) = of_kind(&objects, ObjectKind::Gap).remove(0);
+    assert_eq!(Gap::open(bytes, name, &epoch).unwrap(), gap());
     let (name, expected) = head();
     assert_eq!(Head::open(objects[&name].clone(), &name, &epoch).unwrap(), expected);
 }
@@ -87,6 +94,15 @@ async fn wal_opens() {
     let object = WalObject::open(bytes, name, &epoch).unwrap();
     assert_eq!((object.range, &object.meta), (range(), &span_meta()));
     assert!(object.wal().unwrap() == wal());
+}
+
+#[tokio::test]
+async fn an_index_opens() {
+    let (objects, epoch) = all().await;
+    let (wal, stored) = of_kind(&objects, ObjectKind::Wal).remove(0);
+    let (name, bytes) = of_kind(&objects, ObjectKind::WalIndex).remove(0);
+    let opened = WalIndex::open(bytes, name, &epoch).unwrap();
+    assert_eq!(opened, index(wal.id().unwrap(), stored.len() as u64));
 }
 
 /// Reads as a restore does: only what the manifest names, with ranges of packs.

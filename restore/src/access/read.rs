@@ -6,15 +6,10 @@ use backstay_common::id::EpochId;
 use backstay_common::keys::Epoch;
 use backstay_common::location::Location;
 use backstay_common::name::ObjectName;
-use backstay_common::seal::{HEADER_BYTES_MAX, Header, Peek};
-use backstay_common::{Error, Kind, Result, pool};
+use backstay_common::seal::Header;
+use backstay_common::{Error, Kind, Result, footer, pool};
 use bytes::Bytes;
 use std::sync::Arc;
-
-/// A footer that is longer than this costs the whole object.
-const TAIL_BYTES: u64 = 32 << 10;
-/// An object up to this size is fetched whole rather than in two requests.
-const WHOLE_BYTES_MAX: u64 = 256 << 10;
 
 /// How the bytes of one kind of object become a value: `WalObject::open`, `Head::open` and their like.
 pub type Open<T> = fn(Bytes, &ObjectName, &Epoch) -> Result<T>;
@@ -77,22 +72,9 @@ impl Access {
         size: u64,
         location: &Location,
     ) -> Result<Vec<u8>> {
-        if size > WHOLE_BYTES_MAX {
-            let parts = futures::try_join!(
-                location.get_range(name, 0..HEADER_BYTES_MAX as u64),
-                location.get_range(name, size - TAIL_BYTES..size),
-            );
-            // The size was listed at one location. Where the copies differ in size, the ends say nothing, and the
-            // whole object tells what is wrong with it, if anything is.
-            let peek = parts.and_then(|(head, tail)| Peek::read(&head, &tail, name));
-            if let Ok(Some(peek)) = peek {
-                return peek.meta(&*self.epoch(peek.epoch(), location).await?);
-            }
-        }
-        let open: Open<Vec<u8>> = |bytes, name, epoch| {
-            backstay_common::seal::Object::open(bytes, name, epoch).map(|o| o.meta().to_vec())
-        };
-        self.read_at(name, location, open).await
+        let fetched = footer::fetch(location, name, size).await?;
+        let epoch = self.epoch(fetched.epoch(), location).await?;
+        pool::run(move || fetched.meta(&epoch)).await?
     }
 
     /// The epoch `id`: from the wraps at `location`, or else from those anywhere.

@@ -2,7 +2,7 @@
 
 use super::{History, HotStandbyMinimums, Leg, Plan};
 use crate::access::Access;
-use crate::resolve::line::BranchChoice;
+use crate::resolve::line::{BranchChoice, line_of};
 use crate::resolve::survey::Survey;
 use crate::resolve::{self, Answer, Restriction};
 use crate::target::Target;
@@ -111,6 +111,8 @@ pub async fn make_with(
     };
     let answer = retrying(&survey, &request.target, &only).await.map_err(refuse)?;
     notes.extend(answer.notes.iter().cloned());
+    let line = line_of(answer.branch, &survey.pasts);
+    notes.extend(survey.gaps_on(&line).map(|gap| format!("cannot be recovered: {gap}")));
     let plain = survey.snapshots[&answer.snapshot].clone();
     let legs = legs(&answer);
     let needed: u64 = plain.packs.iter().map(|pack| pack.live_bytes).sum();

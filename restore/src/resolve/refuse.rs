@@ -154,8 +154,19 @@ impl<'a> Tried<'a> {
         let before = self
             .covered
             .map_or(String::new(), |(end, ..)| format!("; before it all is there up to lsn:{end}"));
+        let overlaps = |recorded: &&backstay_common::gap::Gap| {
+            recorded.branch == gap.branch
+                && recorded.start < gap.range.end
+                && recorded.end > gap.range.start
+        };
+        let recorded: String = survey
+            .gaps
+            .iter()
+            .filter(overlaps)
+            .map(|recorded| format!("\n  recorded: {recorded}"))
+            .collect();
         self.refuse(format!(
-            "{reason}. No location that answers has the WAL {} of branch {}",
+            "{reason}. No location that answers has the WAL {} of branch {}{recorded}",
             gap.range, gap.branch
         ))
         .remedy(format!("{offer}{before}{after}"))

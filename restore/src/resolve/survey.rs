@@ -1,13 +1,16 @@
 //! What has been read for a plan: manifests, origins, footers, heads, and decoded WAL where nothing less will do.
 
 use super::extend::Extension;
+use super::footers::Footers;
 use super::line::{Line, Past};
 use super::reach::{Reach, Stretch};
 use crate::access::Access;
 use crate::wal_source::{WalSource, pieces};
 use backstay_common::catalog::Catalog;
+use backstay_common::gap::Gap;
 use backstay_common::head::Head;
-use backstay_common::id::{Branch, ObjectId, SnapshotId};
+use backstay_common::id::{Branch, SnapshotId};
+use backstay_common::lease::{self, Lease};
 use backstay_common::lsn::{Lsn, LsnRange};
 use backstay_common::name::ObjectName;
 use backstay_common::origin::Origin;
@@ -18,9 +21,9 @@ use backstay_common::span::SpanMeta;
 use backstay_common::wal::{Decoder, Event, WalVersion};
 use backstay_common::{Error, Kind, Result};
 use futures::{StreamExt, TryStreamExt};
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
 use tokio::sync::OnceCell;
 
 /// Small objects that are read at once.
@@ -39,10 +42,12 @@ pub struct Survey {
     pub snapshots: BTreeMap<SnapshotId, ManifestPlain>,
     pub pasts: BTreeMap<Branch, Past>,
     pub histories: BTreeMap<Branch, (TimelineId, String)>,
+    /// What agents have recorded of WAL that nobody has, in the order of branches and positions.
+    pub gaps: Vec<Gap>,
     /// Snapshots and branches that could not be read, in words.
     pub notes: Vec<String>,
     pub(super) extension: Option<Extension>,
-    footers: Mutex<HashMap<ObjectId, Arc<SpanMeta>>>,
+    footers: Footers,
     heads: OnceCell<Vec<Head>>,
     retry: AtomicBool,
 }
@@ -66,14 +71,16 @@ impl Survey {
             snapshots: BTreeMap::new(),
             pasts: BTreeMap::new(),
             histories: BTreeMap::new(),
+            gaps: Vec::new(),
             notes: Vec::new(),
             extension: None,
-            footers: Mutex::default(),
+            footers: Footers::default(),
             heads: OnceCell::new(),
             retry: AtomicBool::new(false),
         };
         survey.load_snapshots(access, &catalog).await?;
         survey.load_branches(access, &catalog).await?;
+        survey.load_gaps(access, &catalog).await?;
         Ok(survey)
     }
 
@@ -84,8 +91,14 @@ impl Survey {
             (snapshot, access.read(&name, entry.manifest, Manifest::open).await)
         });
         let read: Vec<_> = futures::stream::iter(reads).buffered(READS_AT_ONCE).collect().await;
+        let leases = leases(access, catalog).await;
         for (snapshot, manifest) in read {
             match manifest {
+                Ok(m) if lease::is_superseded(snapshot, m.plain.generation, &leases) => {
+                    self.notes.push(format!(
+                        "snapshot {snapshot} is left out: its agent began it when another had taken over"
+                    ));
+                }
                 Ok(manifest) => drop(self.snapshots.insert(snapshot, manifest.plain)),
                 Err(error) => self.note_or_fail(format!("snapshot {snapshot}"), error)?,
             }
@@ -113,6 +126,27 @@ impl Survey {
             }
         }
         Ok(())
+    }
+
+    async fn load_gaps(&mut self, access: &Access, catalog: &Catalog) -> Result<()> {
+        let system = catalog.system;
+        let reads = catalog.gaps.iter().map(|(&(branch, range, id), &places)| async move {
+            let name = ObjectName::Gap { system, branch, range, id };
+            (name.clone(), access.read(&name, places, Gap::open).await)
+        });
+        let read: Vec<_> = futures::stream::iter(reads).buffered(READS_AT_ONCE).collect().await;
+        for (name, gap) in read {
+            match gap {
+                Ok(gap) => self.gaps.push(gap),
+                Err(error) => self.note_or_fail(format!("record {name}"), error)?,
+            }
+        }
+        Ok(())
+    }
+
+    /// What is recorded of gaps on the line's branches.
+    pub fn gaps_on<'a>(&'a self, line: &'a Line) -> impl Iterator<Item = &'a Gap> {
+        self.gaps.iter().filter(|gap| line.leaves(gap.branch).is_some_and(|to| gap.start < to))
     }
 
     fn note_or_fail(&mut self, what: String, error: Error) -> Result<()> {
@@ -159,6 +193,7 @@ impl Survey {
 
     /// The footer of each stretch.
     pub async fn footers(&self, stretches: &[Stretch]) -> Result<Vec<Arc<SpanMeta>>> {
+        self.footers.ask_indexes(&self.source, stretches).await;
         let reads = stretches.iter().map(|stretch| self.footer(stretch));
         futures::stream::iter(reads).buffered(FOOTERS_AT_ONCE).try_collect().await
     }
@@ -169,13 +204,13 @@ impl Survey {
             let meta = extension.map(|extension| extension.meta.clone());
             return meta.ok_or_else(|| Error::new(Kind::Bug, "a stretch is stored nowhere"));
         };
-        if let Some(meta) = self.kept().get(&entry.id) {
-            return Ok(meta.clone());
+        if let Some(meta) = self.footers.get(entry.id) {
+            return Ok(meta);
         }
         let name = self.source.name(stretch.branch, &entry);
         let read = self.source.access().read_meta(&name, entry.size, entry.places).await;
         match read.and_then(|meta| SpanMeta::read(&meta)) {
-            Ok(meta) => Ok(self.kept().entry(entry.id).or_insert(Arc::new(meta)).clone()),
+            Ok(meta) => Ok(self.footers.keep(entry.id, meta)),
             Err(error) => {
                 let spoilt = matches!(error.kind(), Kind::Corrupt | Kind::Missing);
                 if spoilt && self.source.pass_over(stretch.branch, &entry, &error) {
@@ -184,10 +219,6 @@ impl Survey {
                 Err(error)
             }
         }
-    }
-
-    fn kept(&self) -> std::sync::MutexGuard<'_, HashMap<ObjectId, Arc<SpanMeta>>> {
-        self.footers.lock().expect("no panic while held")
     }
 
     /// Decodes `range` of a branch; it begins at a record's or a page's start. A break in the records is an error.
@@ -270,4 +301,20 @@ impl Survey {
     pub fn uses_extension(&self, reach: &Reach, end: Lsn) -> bool {
         reach.stretches.iter().any(|stretch| stretch.object.is_none() && stretch.range.start < end)
     }
+}
+
+/// Every lease at every place: agents that saw different locations may have made one generation twice. One that cannot be
+/// read supersedes nothing.
+async fn leases(access: &Access, catalog: &Catalog) -> Vec<Lease> {
+    let read = |generation, index: usize| async move {
+        let name = ObjectName::Lease { system: catalog.system, generation };
+        let bytes = access.locations.get(index)?.get(&name).await.ok()?;
+        Lease::read(&bytes, &name).ok()
+    };
+    let reads = catalog
+        .leases
+        .iter()
+        .flat_map(|(&generation, places)| places.iter().map(move |index| read(generation, index)));
+    let read: Vec<_> = futures::stream::iter(reads).buffered(READS_AT_ONCE).collect().await;
+    read.into_iter().flatten().collect()
 }

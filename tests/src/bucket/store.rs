@@ -347,7 +347,9 @@ impl Page {
         let limit = input.max_keys.unwrap_or(KEYS_MAX).clamp(0, KEYS_MAX) as usize;
         let mut page = Page::default();
         let mut last = String::new();
-        for (key, object) in held.objects.range(prefix.clone()..) {
+        // Keys up to `after` were on earlier pages.
+        let from = prefix.clone().max(after.clone());
+        for (key, object) in held.objects.range(from..) {
             let Some(rest) = key.strip_prefix(&prefix) else { break };
             let folder = delimiter.as_ref().and_then(|delimiter| {
                 rest.find(delimiter.as_str())

@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 #[derive(Clone, Debug)]
 pub struct Configuration {
     cluster: String,
+    agent: Option<String>,
     conninfo: Option<String>,
     data_dir: Option<PathBuf>,
     locations: Vec<(String, String, String)>,
@@ -33,6 +34,7 @@ impl Configuration {
     pub fn new(cluster: &str) -> Configuration {
         Configuration {
             cluster: cluster.to_owned(),
+            agent: None,
             conninfo: None,
             data_dir: None,
             locations: Vec::new(),
@@ -48,6 +50,12 @@ impl Configuration {
     pub fn server(self, cluster: &Cluster) -> Self {
         let (conninfo, data) = (cluster.conninfo(), cluster.data().to_owned());
         self.conninfo(&conninfo).data_dir(Some(&data))
+    }
+
+    /// What the agent is called, and its slot after it; else the host's name.
+    pub fn agent(mut self, name: &str) -> Self {
+        self.agent = Some(name.to_owned());
+        self
     }
 
     pub fn conninfo(mut self, conninfo: &str) -> Self {
@@ -129,6 +137,9 @@ impl Configuration {
         let mut text = String::new();
         line(&mut text, "cluster", &self.cluster);
         line(&mut text, "state-dir", &state_dir.display().to_string());
+        if let Some(agent) = &self.agent {
+            line(&mut text, "agent", agent);
+        }
         if let Some(conninfo) = &self.conninfo {
             text.push_str("\n[postgres]\n");
             line(&mut text, "conninfo", conninfo);

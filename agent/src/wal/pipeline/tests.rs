@@ -1,8 +1,10 @@
 use super::super::board::Board;
+use super::super::gaps::Gaps;
 use super::super::sealed::Sealed;
 use super::*;
 use crate::context::AgentContext;
 use crate::epochs::Epochs;
+use crate::lease::Leasing;
 use backstay_common::config::Settings;
 use backstay_common::id::SystemId;
 use backstay_common::keys::Keyring;
@@ -56,9 +58,12 @@ fn path(state: &Path) -> Arc<WalPath> {
     });
     let root = state.to_path_buf();
     let sealed = Sealed::create(&root, SYSTEM).unwrap();
+    let gaps = Gaps::create(&root).unwrap();
+    let leasing = Leasing::new(context.clone()).unwrap();
     let board = Board::new(Vec::new(), context.settings.durability.acknowledge);
     let (fatal, _) = mpsc::unbounded_channel();
-    Arc::new(WalPath { context, root, sealed, board, fatal, halt: CancellationToken::new() })
+    let halt = CancellationToken::new();
+    Arc::new(WalPath { context, root, sealed, gaps, leasing, board, fatal, halt })
 }
 
 /// A pipeline over what the folder holds, or over a new line.

@@ -1,0 +1,230 @@
+//! Servers that take over from each other: nothing that was stored is lost, no two histories mix, and each can be restored.
+
+use crate::folder;
+use crate::site::{
+    LOCATIONS, PATIENCE, Site, configuration, has_snapshot, judge, restore_and_start,
+};
+use anyhow::{Context, Result, ensure};
+use backstay_common::lsn::Lsn;
+use backstay_tests::ledger::{Ledger, Target};
+use backstay_tests::major::{Major, Majors};
+use backstay_tests::on_drawn_major;
+use backstay_tests::postgres::Cluster;
+use backstay_tests::programs::{Agent, Deployment};
+use backstay_tests::scene::Scene;
+use serde_json::Value;
+use std::time::{Duration, Instant};
+
+/// An agent of another server of the site's cluster, with the site's key and locations.
+async fn deploy(site: &Site<'_>, name: &str, server: &Cluster) -> Result<Deployment> {
+    let configuration = site.configuration.clone().server(server).agent(name);
+    Deployment::new(site.scene, name, &configuration.key(site.deployment.key())).await
+}
+
+async fn standing_by(agent: &mut Agent) -> Result<Value> {
+    let is = |status: &Value| status["wal"]["standing_by"] == true;
+    agent.wait_until("it stands by", PATIENCE, is).await
+}
+
+/// Waits until the agent streams a timeline and has its own snapshot of it.
+async fn takes_over(agent: &mut Agent, timeline: u64, before: &Value) -> Result<String> {
+    let over = |status: &Value| {
+        let last = &status["snapshots"]["last"];
+        status["wal"]["timeline"] == timeline && has_snapshot(status) && last != before
+    };
+    let status = agent.wait_until("it takes over, with a snapshot", PATIENCE, over).await?;
+    Ok(status["wal"]["branch"].as_str().context("a branch")?.to_owned())
+}
+
+/// Waits until every location has all that this server has written.
+async fn all_stored(agent: &mut Agent, server: &Cluster) -> Result<Lsn> {
+    let end: Lsn =
+        server.value("SELECT pg_current_wal_flush_lsn()").await?.parse().ok().context("an LSN")?;
+    let reached = |status: &Value| {
+        crate::site::stored(status).is_ok_and(|stored| stored.iter().all(|lsn| *lsn >= end))
+    };
+    agent.wait_until(&format!("{end} is stored everywhere"), PATIENCE, reached).await?;
+    Ok(end)
+}
+
+/// The ledger of a server that took over, at work there.
+async fn goes_on(ledger: &Ledger, scene: &Scene, server: &Cluster) -> Result<Ledger> {
+    let mut forked = ledger.forked(&server.connect().await?, scene.random().fork("on")).await?;
+    forked.start(server);
+    forked.wait_for(60, PATIENCE).await?;
+    Ok(forked)
+}
+
+/// Restores with a deployment's configuration, and judges.
+async fn restores(
+    site: &Site<'_>,
+    deployment: &Deployment,
+    name: &str,
+    (to, more): (&str, &[&str]),
+    (ledger, target): (&Ledger, &Target),
+) -> Result<()> {
+    let (restored, _) =
+        restore_and_start(site.scene, deployment, site.major(), name, to, more).await?;
+    judge(ledger, &restored, target).await.with_context(|| name.to_owned())?;
+    Ok(())
+}
+
+/// Cuts a standby off from its primary.
+async fn cut_off(standby: &Cluster) -> Result<()> {
+    standby.sql("ALTER SYSTEM SET primary_conninfo = ''").await?;
+    standby.sql("SELECT pg_reload_conf()").await?;
+    let deadline = Instant::now() + PATIENCE;
+    while standby.value("SELECT count(*) FROM pg_stat_wal_receiver").await? != "0" {
+        ensure!(Instant::now() < deadline, "the standby still follows");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    Ok(())
+}
+
+fn branches(site: &Site<'_>) -> Result<usize> {
+    let [near, far] = LOCATIONS.map(|name| folder::named(&site.location(name), "/origin"));
+    let (near, far) = (near?, far?);
+    ensure!(near == far, "{near:?} and {far:?}");
+    Ok(near.len())
+}
+
+/// The primary dies with commits that its standby never got. The standby is promoted, and its agent, which stood by,
+/// takes over with a snapshot. What only the dead primary had stays on a branch of its own, and can be restored. The old
+/// primary is rewound, follows, and in its turn takes over.
+async fn there_and_back(scene: &Scene, _: Major) -> Result<()> {
+    let Some(major) = Majors::available().iter().find(|m| m.program("pg_rewind").exists()) else {
+        return Ok(());
+    };
+    // The old primary wants WAL from where the two parted.
+    let cluster = Cluster::build(scene, major).setting("wal_keep_size", "256MB").start().await?;
+    let configuration = configuration(scene, &cluster)?;
+    let mut site = Site::of(scene, cluster, configuration).await?;
+    let mut standby = site.cluster.standby(scene, "sb").await?;
+    let b = deploy(&site, "b", &standby).await?;
+    let mut agent = Agent::start(&b).await?;
+    standing_by(&mut agent).await?;
+
+    site.ledger.wait_for(100, PATIENCE).await?;
+    standby.catch_up(&site.cluster, PATIENCE).await?;
+    cut_off(&standby).await?;
+    site.ledger.wait_for(100, PATIENCE).await?;
+    site.ledger.stop().await?;
+    site.all_stored().await?;
+    let before = agent.status().await?["snapshots"]["last"].clone();
+    site.cluster.kill()?;
+    standby.promote().await?;
+    takes_over(&mut agent, 2, &before).await?;
+    let mut second = goes_on(&site.ledger, scene, &standby).await?;
+    let slots =
+        "SELECT count(*) FROM pg_replication_slots WHERE slot_name = 'backstay_b' AND active";
+    ensure!(standby.value(slots).await? == "1", "the agent's slot is not on the new primary");
+    second.stop().await?;
+    all_stored(&mut agent, &standby).await?;
+    ensure!(second.acknowledged() < site.ledger.acknowledged(), "nothing was lost: no test");
+    ensure!(branches(&site)? == 2, "{} branches", branches(&site)?);
+    restores(&site, &b, "two", ("latest", &[]), (&second, &Target::All)).await?;
+    let dead: (&str, &[&str]) = ("latest", &["--timeline", "1"]);
+    restores(&site, &b, "dead", dead, (&site.ledger, &Target::All)).await?;
+
+    site.cluster.rewind(scene, &standby, "main").await?;
+    standing_by(&mut site.agent).await?;
+    second.start(&standby);
+    second.wait_for(60, PATIENCE).await?;
+    second.stop().await?;
+    all_stored(&mut agent, &standby).await?;
+    site.cluster.catch_up(&standby, PATIENCE).await?;
+    agent.kill()?;
+    standby.kill()?;
+    let before = site.agent.status().await?["snapshots"]["last"].clone();
+    site.cluster.promote().await?;
+    takes_over(&mut site.agent, 3, &before).await?;
+    let mut third = goes_on(&second, scene, &site.cluster).await?;
+    third.stop().await?;
+    site.all_stored().await?;
+    ensure!(branches(&site)? == 3, "{} branches", branches(&site)?);
+    let gaps = folder::named(&site.location("near"), "/gap/")?;
+    ensure!(gaps.is_empty(), "{gaps:?}");
+    let own = &site.deployment;
+    restores(&site, own, "three", ("latest", &[]), (&third, &Target::All)).await?;
+    restores(&site, own, "dead-too", dead, (&site.ledger, &Target::All)).await
+}
+on_drawn_major!(there_and_back);
+
+/// The agent of the primary is gone for a while before the primary dies. The agent of the standby stores the rest of the old
+/// timeline from there, for it has held it by a slot that it moved on to what was stored, and no further.
+async fn the_rest_comes_from_the_standby(scene: &Scene, major: Major) -> Result<()> {
+    let mut site = Site::start(scene, &major).await?;
+    let standby = site.cluster.standby(scene, "sb").await?;
+    let b = deploy(&site, "b", &standby).await?;
+    let mut agent = Agent::start(&b).await?;
+    standing_by(&mut agent).await?;
+    let held = "SELECT restart_lsn FROM pg_replication_slots WHERE slot_name = 'backstay_b'";
+    let first = standby.value(held).await?;
+    for _ in 0..3 {
+        site.ledger.wait_for(30, PATIENCE).await?;
+        site.cluster.sql("SELECT pg_switch_wal()").await?;
+    }
+    let stored = site.all_stored().await?;
+    standby.catch_up(&site.cluster, PATIENCE).await?;
+    let deadline = Instant::now() + PATIENCE;
+    while standby.value(held).await? == first {
+        ensure!(Instant::now() < deadline, "the slot on the standby stays at {first}");
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    site.agent.kill()?;
+    for _ in 0..3 {
+        site.ledger.wait_for(30, PATIENCE).await?;
+        site.cluster.sql("SELECT pg_switch_wal()").await?;
+    }
+    // Restartpoints remove what no slot holds.
+    site.cluster.sql("CHECKPOINT").await?;
+    site.ledger.wait_for(30, PATIENCE).await?;
+    site.ledger.stop().await?;
+    let end = standby.catch_up(&site.cluster, PATIENCE).await?;
+    standby.sql("CHECKPOINT").await?;
+    let now: Lsn = standby.value(held).await?.parse().ok().context("the slot's position")?;
+    ensure!(now <= stored.max(now) && now < end, "the slot is at {now}, of {end}");
+    let before = agent.status().await?["snapshots"]["last"].clone();
+    site.cluster.kill()?;
+    standby.promote().await?;
+    takes_over(&mut agent, 2, &before).await?;
+    let mut second = goes_on(&site.ledger, scene, &standby).await?;
+    second.stop().await?;
+    all_stored(&mut agent, &standby).await?;
+    for name in LOCATIONS {
+        folder::wal_without_holes(&site.location(name))?;
+    }
+    restores(&site, &b, "two", ("latest", &[]), (&second, &Target::All)).await?;
+    let rest: (&str, &[&str]) = (&format!("lsn:{end}"), &["--timeline", "1"]);
+    restores(&site, &b, "rest", rest, (&site.ledger, &Target::All)).await
+}
+on_drawn_major!(the_rest_comes_from_the_standby);
+
+/// One agent, told of several hosts, goes on at whichever is the primary, where it makes its slot.
+async fn several_hosts(scene: &Scene, major: Major) -> Result<()> {
+    let cluster = Cluster::build(scene, &major).start().await?;
+    let standby = cluster.standby(scene, "sb").await?;
+    let hosts = [&standby, &cluster].map(|c| c.socket_dir().display().to_string()).join(",");
+    let ports = [&standby, &cluster].map(|c| c.port().to_string()).join(",");
+    let conninfo = format!("host={hosts} port={ports} user=postgres dbname=postgres");
+    let configuration = configuration(scene, &cluster)?.conninfo(&conninfo);
+    let mut site = Site::of(scene, cluster, configuration).await?;
+    site.ledger.wait_for(60, PATIENCE).await?;
+    site.ledger.stop().await?;
+    standby.catch_up(&site.cluster, PATIENCE).await?;
+    site.cluster.kill()?;
+    standby.promote().await?;
+    let on_two =
+        |status: &Value| status["wal"]["timeline"] == 2 && status["wal"]["connected"] == true;
+    site.agent.wait_until("it streams from the new primary", PATIENCE, on_two).await?;
+    let slots = "SELECT count(*) FROM pg_replication_slots WHERE active";
+    ensure!(standby.value(slots).await? == "1", "no slot is in use on the new primary");
+    let mut second = goes_on(&site.ledger, scene, &standby).await?;
+    second.stop().await?;
+    all_stored(&mut site.agent, &standby).await?;
+    for name in LOCATIONS {
+        folder::wal_without_holes(&site.location(name))?;
+    }
+    restores(&site, &site.deployment, "two", ("latest", &[]), (&second, &Target::All)).await
+}
+on_drawn_major!(several_hosts);
