@@ -5,6 +5,7 @@ use backstay_agent::control::{self, Reply, Request};
 use backstay_agent::init::Initialised;
 use backstay_agent::prune::PruneOptions;
 use backstay_agent::prune::pins::PinRequest;
+use backstay_agent::sync::SyncOptions;
 use backstay_agent::{check, init, status};
 use backstay_common::config::Settings;
 use backstay_common::id::LocationName;
@@ -56,6 +57,18 @@ enum Verb {
         /// The config's window is shorter than the last one applied, and that is meant.
         #[arg(long)]
         accept_window: bool,
+        /// Print the report as JSON.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Make the locations equal: copy to each what it lacks, replace what is damaged.
+    Sync {
+        /// Only say what differs.
+        #[arg(long)]
+        check: bool,
+        /// Read every object everywhere, and find damage that a listing does not show.
+        #[arg(long)]
+        deep: bool,
         /// Print the report as JSON.
         #[arg(long)]
         json: bool,
@@ -142,6 +155,9 @@ async fn run(arguments: Arguments) -> anyhow::Result<u8> {
         Verb::Prune { dry_run, accept_window, json } => {
             run_prune(&settings, PruneOptions { dry_run, accept_window }, json).await
         }
+        Verb::Sync { check, deep, json } => {
+            run_sync(&settings, SyncOptions { check, deep }, json).await
+        }
         Verb::Pin { snapshot, reason, until, with_wal, json } => {
             let request = PinRequest::Pin { snapshot, reason, until, with_wal };
             run_pins(&settings, request, json).await
@@ -222,6 +238,16 @@ async fn run_prune(settings: &Settings, options: PruneOptions, json: bool) -> an
         false => print!("{report}"),
     }
     Ok(if report.failed.is_empty() { 0 } else { Kind::Storage.exit_code() })
+}
+
+async fn run_sync(settings: &Settings, options: SyncOptions, json: bool) -> anyhow::Result<u8> {
+    let reply = control::ask(&settings.state_dir, Request::Sync(options), |_| {}).await?;
+    let Reply::Synced(report) = reply else { return refused(reply) };
+    match json {
+        true => println!("{}", serde_json::to_string_pretty(&report)?),
+        false => print!("{report}"),
+    }
+    Ok(report.exit_code())
 }
 
 async fn run_pins(settings: &Settings, request: PinRequest, json: bool) -> anyhow::Result<u8> {

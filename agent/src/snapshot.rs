@@ -47,7 +47,7 @@ mod config_files;
 mod cut;
 mod diff;
 #[cfg(test)]
-mod fixture;
+pub(crate) mod fixture;
 mod hash_key;
 mod label;
 mod leftover;

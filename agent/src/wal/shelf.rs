@@ -9,7 +9,7 @@ use super::frontier::Coverage;
 use backstay_common::id::{Branch, EpochId, ObjectId, SystemId};
 use backstay_common::lsn::{Lsn, LsnRange};
 use backstay_common::name::ObjectName;
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -310,6 +310,11 @@ impl Shelf {
     /// What has been sealed of `line`.
     pub fn ranges(&self, line: u32) -> Vec<LsnRange> {
         self.entries.values().filter(|e| e.item.line == line).map(|e| e.item.range).collect()
+    }
+
+    /// The ids of what is here of `line`.
+    pub fn ids(&self, line: u32) -> HashSet<ObjectId> {
+        self.entries.values().filter(|e| e.item.line == line).map(|e| e.item.id).collect()
     }
 
     /// Objects that wait for `location` or are on their way, and since when the oldest of them does.
