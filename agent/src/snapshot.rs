@@ -139,6 +139,8 @@ pub async fn take(
         Ok(outcome) => tracing::info!(
             snapshot = %id,
             database_bytes = outcome.database_bytes,
+            read_bytes = outcome.read_bytes,
+            changed_bytes = outcome.changed_bytes,
             stored_bytes = outcome.stored_bytes,
             pending = outcome.pending.len(),
             "snapshot done in {:.1} s", outcome.seconds
@@ -528,6 +530,8 @@ impl Taking<'_> {
             committed,
             pending,
             database_bytes: plain.database_bytes,
+            read_bytes: self.meter.read_bytes(),
+            changed_bytes: self.meter.changed_bytes(),
             stored_bytes: plain.stored_bytes,
             seconds: self.started.elapsed().as_secs_f64(),
             corrupt_pages: plain.corrupt_pages,

@@ -132,11 +132,12 @@ impl Reader {
         let plain = &mut self.buffer[..read];
         let known = file.known.as_deref();
         let compared = compare(&self.reading, plain, &pages, known, part)?;
-        let Compared { hashes, changed, doubts } = compared;
+        let Compared { hashes, changed, changed_bytes, doubts } = compared;
         let (reused, changed) = self.reuse(&file.path, first, &hashes, changed)?;
         let (file, plain) = (file.number, &self.buffer[..read]);
         self.differ.run(diff::Pages { file, first, plain, hashes: &hashes }, &changed)?;
-        self.meter.read(whole as u64);
+        self.meter.done(whole as u64);
+        self.meter.read(read as u64, changed_bytes);
         let state = if read == whole { PartState::Whole } else { PartState::Short };
         let (bytes, chunk) = (read as u32, self.cache.chunk(&hashes));
         Ok(Part { file, part, bytes, state, hashes, chunk, doubts, reused })
@@ -166,7 +167,7 @@ impl Reader {
     }
 
     fn small(&mut self, small: &SmallFile) -> Result<Part> {
-        self.meter.read(small.bytes as u64);
+        self.meter.done(small.bytes as u64);
         let number = small.number;
         debug_assert!((small.bytes as u64) < SMALL_BELOW);
         let buffer = &mut self.buffer[..small.bytes];
@@ -186,7 +187,8 @@ impl Reader {
         let plain = &mut self.buffer[..bytes];
         let known = small.known.as_deref();
         let compared = compare(&self.reading, plain, &pages, known, 0)?;
-        let Compared { hashes, changed, doubts } = compared;
+        let Compared { hashes, changed, changed_bytes, doubts } = compared;
+        self.meter.read(bytes as u64, changed_bytes);
         let is_same = known.is_some_and(|known| known.record.size == bytes as u64);
         let mut reused = Vec::new();
         if bytes > 0 && (!is_same || changed.contains(&true)) {
@@ -214,7 +216,10 @@ impl Reader {
 /// What a part of a file is, beside what the parent has of it.
 struct Compared {
     hashes: Vec<u8>,
+    /// For each page, whether it is to be stored.
     changed: Vec<bool>,
+    /// Of the pages that differ from the parent's.
+    changed_bytes: u64,
     doubts: Vec<Doubt>,
 }
 
@@ -241,7 +246,11 @@ fn compare(
         hashes[n * 8..][..8].copy_from_slice(&page_hash(&reading.hash_key, page));
     }
     let changed = diff::changed(known, part, &old, &hashes);
-    Ok(Compared { hashes, changed, doubts: judged.doubts })
+    let pages = plain.chunks(reading.page_bytes as usize).zip(hashes.as_chunks::<8>().0);
+    let differs =
+        pages.enumerate().filter(|(n, (_, hash))| old.as_chunks().0.get(*n) != Some(hash));
+    let changed_bytes = differs.map(|(_, (page, _))| page.len() as u64).sum();
+    Ok(Compared { hashes, changed, changed_bytes, doubts: judged.doubts })
 }
 
 /// A file's bytes as one frame, for what is not read by a job.
