@@ -25,9 +25,10 @@
 //! | [`prune`] | deletes what no moment of the window needs |
 //! | [`synchronous`] | whether commits wait for this agent |
 //! | [`control`], [`status`], [`alarms`] | what the running agent tells |
-//! | [`context`] | what every task is given |
+//! | [`context`], [`allocator`] | what every task is given; how memory is given back |
 
 pub mod alarms;
+pub mod allocator;
 pub mod check;
 pub mod connect;
 pub mod context;

@@ -15,7 +15,7 @@ mod aside;
 use super::assemble::{Doubt, Message, Part, PartState};
 use super::cache::{CacheWriter, Known};
 use super::cut::{Job, SMALL_BELOW, SmallFile, SmallSource, Source, Stretch};
-use super::diff::{self, Differ, tight};
+use super::diff::{self, Differ};
 use super::leftover::Leftover;
 use super::overlay::Stored;
 use super::pace::Pace;
@@ -257,7 +257,7 @@ fn compare(
 pub fn pack_whole(reading: &Reading, plain: &[u8]) -> Result<(Frame, Vec<u8>)> {
     let mut hashes = Vec::new();
     reading.hash(plain, &mut hashes);
-    Ok((tight(Frame::pack(&mut Packer::new(reading.level)?, plain)?), hashes))
+    Ok((Frame::pack(&mut Packer::new(reading.level)?, plain)?, hashes))
 }
 
 /// Where the pages in a buffer come from.
