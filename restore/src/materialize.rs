@@ -1,11 +1,11 @@
 //! A snapshot's files, written to their places.
 //!
 //! ```text
-//! root ─► table parts ─► batches of files ─► file maps ─► chunks of frames ─► pages at their places
+//! root ─► table parts ─► batches of files ─► file maps ─► chunks of frames ─► parts of files ─► their places
 //! ```
 //!
-//! What always holds: each byte written has passed its authentication tag; memory is bounded by the batch and the requests
-//! under way, not by the database; `global/pg_control` is written last, after all else is on disk, so that a
+//! What always holds: each byte written has passed its authentication tag; memory is bounded by the batch, the requests
+//! under way, and 256 MiB of parts that wait for their pages (`gather`), not by the database; `global/pg_control` is written last, after all else is on disk, so that a
 //! directory without it was not finished. Where files are already, left by an interrupted attempt or by the cluster that is
 //! restored over, `pg_control` goes first of all; then each page that equals its sealed hash is kept, the others are
 //! written, and files that the snapshot does not have are removed. A crash at any point leaves what the next attempt

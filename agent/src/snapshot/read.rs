@@ -25,7 +25,7 @@ use aside::read_full;
 use backstay_common::lsn::Lsn;
 use backstay_common::page::{self, PageState};
 use backstay_common::seal::{FRAME_BYTES_MAX, Frame, Packer};
-use backstay_common::snapshot::page_hash;
+use backstay_common::snapshot::{page_hash, page_hashes};
 use backstay_common::{Context, Error, Result};
 use std::fs::File;
 use std::io::{self, ErrorKind};
@@ -231,8 +231,7 @@ fn compare(
     known: Option<&Known>,
     part: u32,
 ) -> Result<Compared> {
-    let mut hashes = Vec::with_capacity(plain.len().div_ceil(reading.page_bytes as usize) * 8);
-    reading.hash(plain, &mut hashes);
+    let mut hashes = reading.hash(plain);
     let old = known.map_or_else(|| Ok(Vec::new()), |known| known.hashes(part))?;
     let first = part * super::part_pages(reading.page_bytes);
     let is_sound = |n: usize| {
@@ -255,8 +254,7 @@ fn compare(
 
 /// A file's bytes as one frame, for what is not read by a job.
 pub fn pack_whole(reading: &Reading, plain: &[u8]) -> Result<(Frame, Vec<u8>)> {
-    let mut hashes = Vec::new();
-    reading.hash(plain, &mut hashes);
+    let hashes = reading.hash(plain);
     Ok((Frame::pack(&mut Packer::new(reading.level)?, plain)?, hashes))
 }
 
@@ -271,10 +269,10 @@ struct Pages<'a> {
 }
 
 impl Reading {
-    fn hash(&self, file: &[u8], hashes: &mut Vec<u8>) {
-        for page in file.chunks(self.page_bytes as usize) {
-            hashes.extend_from_slice(&page_hash(&self.hash_key, page));
-        }
+    fn hash(&self, file: &[u8]) -> Vec<u8> {
+        let mut hashes = Vec::new();
+        page_hashes(&self.hash_key, file, self.page_bytes as usize, &mut hashes);
+        hashes.into_flattened()
     }
 
     /// Checks the checksums of a relation's pages but those that are known to be sound, and reads again those that are
