@@ -274,6 +274,71 @@ mod tests {
         FileEntry { path, kind, mode: 0o600, size, digest: None, content: Content::Empty }
     }
 
+    /// Writes of one file, one behind the other from page 0 on, each from a frame of its own: how many pages, or none where pages are
+    /// kept.
+    fn writes(pages: &[(u64, bool)]) -> Vec<(FrameRef, Write)> {
+        use backstay_common::id::ObjectId;
+        use backstay_common::seal::{Codec, FrameSpan};
+        let target =
+            Arc::new(Target::new("/nowhere/file".into(), 0o600, 1 << 30, Owner::of_process()));
+        let (mut offset, mut writes) = (0, Vec::new());
+        for ((pages, is_written), number) in pages.iter().zip(0..) {
+            let span = FrameSpan {
+                number,
+                offset: 0,
+                sealed_bytes: 16,
+                plain_bytes: 1 << 20,
+                codec: Codec::Zstd,
+            };
+            let frame = FrameRef { pack: ObjectId::from_bytes([1; 8]), span };
+            let (target, bytes) = (target.clone(), pages * 8192);
+            if *is_written {
+                writes.push((frame, Write { target, offset, at: 0, bytes, part: None }));
+            }
+            offset += bytes;
+        }
+        writes
+    }
+
+    #[test]
+    fn parts_are_gathered_where_several_frames_make_up_all_of_them() {
+        // A part of one frame, one of three of which the last reaches into the third part; of which some is kept; a short one of two.
+        let pages = [
+            (128, true),
+            (100, true),
+            (8, true),
+            (40, true),
+            (60, false),
+            (48, true),
+            (3, true),
+            (4, true),
+        ];
+        let (room, mut parts) = (Arc::default(), 0);
+        let writes = gathered(writes(&pages), (3 * 128 + 7) * 8192, &room, &mut parts);
+        let shown = writes.iter().map(|(frame, write)| {
+            let part = write.part.as_ref().map_or(0, |(part, _)| *part);
+            (frame.span.number, write.offset / 8192, write.at / 8192, write.bytes / 8192, part)
+        });
+        let expected = [
+            (0, 0, 0, 128, 0),
+            (1, 128, 0, 100, 1),
+            (2, 228, 0, 8, 1),
+            (3, 236, 0, 20, 1),
+            (3, 256, 20, 20, 0),
+            (5, 336, 0, 48, 0),
+            (6, 384, 0, 3, 2),
+            (7, 387, 0, 4, 2),
+        ];
+        assert_eq!(shown.collect::<Vec<_>>(), expected);
+        assert_eq!(parts, 2);
+        let alone = |(frame, write): (FrameRef, Write)| Chunk {
+            pack: frame.pack,
+            frames: vec![(frame.span, vec![write])],
+        };
+        let first: Vec<u64> = writes.into_iter().map(|write| first_part(&alone(write))).collect();
+        assert_eq!(first, [0, 1, 1, 1, 0, 0, 2, 2]);
+    }
+
     #[test]
     fn batches_are_bounded_and_lose_nothing() {
         let sizes =
