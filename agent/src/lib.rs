@@ -28,9 +28,10 @@
 //! | [`synchronous`] | whether commits wait for this agent |
 //! | `indexer` | footers of many spans in one object |
 //! | [`control`], [`status`], [`alarms`] | what the running agent tells |
-//! | [`context`] | what every task is given |
+//! | [`context`], [`allocator`] | what every task is given; how memory is given back |
 
 pub mod alarms;
+pub mod allocator;
 pub mod check;
 pub mod connect;
 pub mod context;

@@ -6,7 +6,7 @@ use backstay_agent::init::Initialised;
 use backstay_agent::prune::PruneOptions;
 use backstay_agent::prune::pins::PinRequest;
 use backstay_agent::sync::SyncOptions;
-use backstay_agent::{check, init, status};
+use backstay_agent::{allocator, check, init, status};
 use backstay_common::config::Settings;
 use backstay_common::id::LocationName;
 use backstay_common::{Error, Kind};
@@ -113,6 +113,7 @@ const EXIT_CODES: &str = "Exit codes: 0 done, 1 internal, 2 usage or configurati
 5 storage (or committed at some required locations only), 6 PostgreSQL, 7 key, 9 no agent answers, 10 alarms";
 
 fn main() -> ExitCode {
+    allocator::keep_no_large_buffers();
     let arguments = Arguments::parse();
     log_to_stderr();
     let runtime = match tokio::runtime::Runtime::new() {
