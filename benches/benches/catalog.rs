@@ -153,7 +153,7 @@ fn meta(n: u64, range: LsnRange) -> SpanMeta {
         greatest_time: Some(time + 12_990_000 + noise as i64 % 1000),
         least_xid: Some((n * 4000 + noise % 100) as u32),
         greatest_xid: Some((n * 4000 + 4000) as u32),
-        checkpoint: n % 20 == 0,
+        checkpoint: n.is_multiple_of(20),
         ..Summary::default()
     };
     SpanMeta { summary, clock: Some(PgTime(time + 13_000_000)), major: 17, segment_bytes: 16 << 20 }

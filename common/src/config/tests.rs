@@ -144,14 +144,14 @@ fn what_gives_when_the_spool_is_full() {
     assert_eq!(parse(EXAMPLE).unwrap().durability.on_spool_full, OnSpoolFull::Hold);
     let with = |policy: &str, word: &str| {
         let line = format!("acknowledge    = \"{policy}\"\non-spool-full = \"{word}\"");
-        parse(&EXAMPLE.replace("acknowledge    = \"majority\"", &line))
+        parse(&EXAMPLE.replace("acknowledge    = \"all\"", &line))
     };
     let settings = with("spool", "release").unwrap();
     assert_eq!(settings.durability.on_spool_full, OnSpoolFull::Release);
     assert_eq!(with("all", "hold").unwrap().durability.on_spool_full, OnSpoolFull::Hold);
     let faults = with("spool", "drop").unwrap_err();
     assert!(faults[0].contains("choose from: hold, release"), "{faults:?}");
-    for policy in ["any", "majority", "all"] {
+    for policy in ["any", "all"] {
         let faults = with(policy, "release").unwrap_err();
         assert_eq!(faults.len(), 1);
         assert!(faults[0].contains("that no location has; write \"hold\""), "{faults:?}");
