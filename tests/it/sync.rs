@@ -22,7 +22,7 @@ use std::time::{Duration, Instant};
 /// Two locations, into which one can reach from outside.
 enum Places {
     Folders([PathBuf; 2]),
-    Buckets([Bucket; 2]),
+    Buckets(Vec<Bucket>),
 }
 
 impl Places {
@@ -219,7 +219,7 @@ async fn folders_are_made_equal(scene: &Scene, major: Major) -> Result<()> {
 on_drawn_major!(folders_are_made_equal);
 
 async fn buckets_are_made_equal(scene: &Scene, major: Major) -> Result<()> {
-    let buckets = [Bucket::start().await, Bucket::start().await];
+    let buckets = vec![Bucket::start().await, Bucket::start().await];
     let cluster = Cluster::build(scene, &major).start().await?;
     let mut configuration = Configuration::default().server(&cluster);
     for (bucket, name) in buckets.iter().zip(LOCATIONS) {
