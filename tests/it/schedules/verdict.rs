@@ -15,7 +15,7 @@ use backstay_common::lsn::{Lsn, LsnRange, covered_until};
 use backstay_common::name::ObjectName;
 use backstay_tests::bucket::Bucket;
 use backstay_tests::checks::check_all;
-use backstay_tests::ledger::Target;
+use backstay_tests::ledger::{Target, Transaction};
 use backstay_tests::major::Major;
 use backstay_tests::programs::{Configuration, Deployment};
 use backstay_tests::random::Random;
@@ -125,7 +125,7 @@ fn cases<'o>(schedule: &Schedule, outcome: &'o Outcome) -> Result<Vec<Case<'o>>>
             let is_main = branch == main;
             let case =
                 |to: String, targets| Case { reign, branch, kept: kept.clone(), to, targets };
-            if schedule.synchronous && is_main {
+            if schedule.synchronous && is_main && has_returned(reign) {
                 let until = Target::Latest { acknowledged_until: Instant::now() };
                 let targets = vec![until, Target::Snapshot { stop: promise }];
                 cases.push(case("latest".to_owned(), targets));
@@ -138,6 +138,12 @@ fn cases<'o>(schedule: &Schedule, outcome: &'o Outcome) -> Result<Vec<Case<'o>>>
         }
     }
     Ok(cases)
+}
+
+/// Whether any commit of its own returned.
+fn has_returned(reign: &Reign) -> bool {
+    let returned = |t: &Transaction| t.acknowledged().is_some_and(|a| a.returned);
+    reign.ledger.transactions().iter().any(|t| t.before >= reign.begin && returned(t))
 }
 
 /// The branches of a reign, by what was promised and by what is stored anywhere.
