@@ -54,7 +54,7 @@ use backstay_common::location::Role;
 use backstay_common::lsn::Lsn;
 use backstay_common::segment::TimelineId;
 use backstay_common::{Context, Error, Kind, Result};
-use board::{Board, LastGap, State};
+use board::{Board, State};
 use frontier::Frontier;
 use gaps::Gaps;
 use line::Line;
@@ -395,8 +395,6 @@ fn watch_lag(context: &AgentContext, location: &LocationWal) {
 fn describe(context: &AgentContext, state: &State) -> WalStatus {
     let line = state.lines.get(&state.current);
     let branch = line.and_then(|line| line.branch());
-    let is_in_the_way =
-        |gap: &LastGap| gap.is_lost && (gap.branch.is_none() || gap.branch == branch);
     let frontier = &state.frontier;
     let locations = context.writers.iter().enumerate().map(|(n, writer)| {
         let (queued_objects, oldest) = state.shelf.backlog(n);
@@ -423,7 +421,7 @@ fn describe(context: &AgentContext, state: &State) -> WalStatus {
         server_clock: state.server.clock.map(|clock| clock.timestamp()),
         spool_bytes: state.spool_bytes(),
         slot: state.server.slot.clone(),
-        gap_start: state.server.gap.filter(is_in_the_way).map(|gap| gap.range.start),
+        gap_start: state.server.gap.filter(|gap| gap.is_lost_on(branch)).map(|gap| gap.range.start),
         gap_end: state.server.gap.map(|gap| gap.range.end),
         locations: locations.collect(),
         last_error: state.server.last_error.clone(),

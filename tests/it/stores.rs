@@ -11,7 +11,6 @@ use backstay_tests::postgres::Cluster;
 use backstay_tests::programs::{Configuration, Deployment};
 use backstay_tests::scene::Scene;
 use serde_json::Value;
-use std::time::Duration;
 
 fn with_gcs(configuration: Configuration, gcs: &Gcs, name: &str, more: &str) -> Configuration {
     let settings = gcs.settings(name);
@@ -117,13 +116,13 @@ async fn a_synchronous_agent_that_acknowledges_its_spool(
         .await?;
     site.cluster.sql("SELECT pg_reload_conf()").await?;
     let alarmed = |status: &Value| status["alarms"].to_string().contains("synchronous-spool");
-    site.agent.wait_until("it is an alarm", Duration::from_secs(45), alarmed).await?;
+    site.agent.wait_until("it is an alarm", PATIENCE * 2, alarmed).await?;
     let checked = site.deployment.agent_command(&["check"]).await?.success()?;
     checked.says(&["warn  durability", "synchronous_standby_names"])?;
     site.cluster.sql("ALTER SYSTEM RESET synchronous_standby_names").await?;
     site.cluster.sql("SELECT pg_reload_conf()").await?;
     let well = |status: &Value| has_snapshot(status) && !alarmed(status);
-    site.agent.wait_until("it is none any more", Duration::from_secs(45), well).await?;
+    site.agent.wait_until("it is none any more", PATIENCE * 2, well).await?;
     site.ledger.stop().await.map(drop)
 }
 on_drawn_major!(a_synchronous_agent_that_acknowledges_its_spool);

@@ -64,6 +64,14 @@ pub struct LastGap {
     pub branch: Option<Branch>,
 }
 
+impl LastGap {
+    /// True if a snapshot of `branch` may lack WAL for it. A gap on another branch takes nothing from it, nor does a history
+    /// that was left.
+    pub fn is_lost_on(&self, branch: Option<Branch>) -> bool {
+        self.is_lost && (self.branch.is_none() || self.branch == branch)
+    }
+}
+
 /// How a location fares.
 #[derive(Clone, Debug, Default)]
 pub struct Health {
@@ -131,5 +139,22 @@ impl State {
     pub fn spool_bytes(&self) -> u64 {
         let wal: u64 = self.lines.values().map(|line| line.spool.bytes()).sum();
         wal + self.shelf.bytes()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_history_that_was_left_and_the_gap_of_another_branch_end_no_snapshot() {
+        let branch = |text: &str| Some(text.parse::<Branch>().unwrap());
+        let (this, other) = (branch("00000001-0000000a"), branch("00000001-0000000b"));
+        let range = LsnRange::new(Lsn::new(10), Lsn::new(20));
+        let gap = LastGap { range, is_lost: true, branch: this };
+        assert!(gap.is_lost_on(this));
+        assert!(!gap.is_lost_on(other));
+        assert!(LastGap { branch: None, ..gap }.is_lost_on(other));
+        assert!(!LastGap { is_lost: false, ..gap }.is_lost_on(this));
     }
 }
