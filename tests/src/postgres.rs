@@ -11,6 +11,7 @@ mod session;
 mod standby;
 
 pub use create::Builder;
+use process::works_in;
 pub use process::{is_alive, kill_tree};
 pub(crate) use session::explain;
 pub use session::{Address, Session};
@@ -247,7 +248,7 @@ impl Cluster {
         match &mut self.server {
             None => false,
             Some(Server::Ours(child)) => matches!(child.try_wait(), Ok(None)),
-            Some(Server::Found(pid)) => is_alive(*pid),
+            Some(Server::Found(pid)) => is_alive(*pid) && works_in(*pid, &self.data),
         }
     }
 
