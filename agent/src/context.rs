@@ -3,6 +3,7 @@
 use crate::alarms::Alarms;
 use crate::epochs::Epochs;
 use crate::prune::Systems;
+use crate::sync::{Damage, Strays};
 use crate::writer::Writer;
 use backstay_common::config::Settings;
 use backstay_common::id::SystemId;
@@ -23,6 +24,10 @@ pub struct AgentContext {
     pub alarms: Arc<Alarms>,
     /// The systems that the cluster has had, for prune.
     pub systems: Systems,
+    /// WAL that was copied while it was being shipped.
+    pub strays: Strays,
+    /// Objects that were found damaged, and not put right yet.
+    pub damage: Damage,
     /// Cancelled when the agent shall stop.
     pub stop: CancellationToken,
 }

@@ -1,7 +1,7 @@
-//! The control socket: how `status`, `snapshot`, `prune` and the verbs for pins talk to the running agent.
+//! The control socket: how `status`, `snapshot`, `prune`, `sync` and the verbs for pins talk to the running agent.
 //!
 //! `<state-dir>/agent.sock`, a Unix socket that only the agent's user may open. A client writes one request as a line of
-//! JSON; the agent answers with lines of JSON, of which the last is `status`, `outcome`, `pruned`, `pins` or `error`.
+//! JSON; the agent answers with lines of JSON, of which the last is `status`, `outcome`, `pruned`, `synced`, `pins` or `error`.
 
 use crate::context::AgentContext;
 use crate::keeper::{Asked, Keeper};
@@ -9,6 +9,7 @@ use crate::prune::pins::{self, PinOutcome, PinRequest};
 use crate::prune::{PruneOptions, PruneReport};
 use crate::snapshot::{SnapshotOutcome, SnapshotProgress};
 use crate::status::Status;
+use crate::sync::{self, Findings, SyncOptions, SyncReport};
 use backstay_common::{Context, Error, Kind, Result};
 use serde::{Deserialize, Serialize};
 use std::os::unix::fs::PermissionsExt;
@@ -31,6 +32,7 @@ pub enum Request {
     Status,
     Snapshot,
     Prune(PruneOptions),
+    Sync(SyncOptions),
     /// To hold a snapshot, to give it back, or to acknowledge damage.
     Pins(PinRequest),
 }
@@ -42,6 +44,7 @@ pub enum Reply {
     Progress(SnapshotProgress),
     Outcome(SnapshotOutcome),
     Pruned(Box<PruneReport>),
+    Synced(Box<SyncReport>),
     Pins(PinOutcome),
     Error { exit_code: u8, message: String, remedy: Option<String> },
 }
@@ -137,11 +140,35 @@ async fn answer(
             let reply = report.map_or_else(|e| Reply::of_error(&e), |r| Reply::Pruned(Box::new(r)));
             send(&mut write, &reply).await
         }
+        Ok(Request::Sync(options)) => {
+            let report = synchronise(context, &keeper, options).await;
+            let reply = report.map_or_else(|e| Reply::of_error(&e), |r| Reply::Synced(Box::new(r)));
+            send(&mut write, &reply).await
+        }
         Ok(Request::Pins(request)) => {
             let outcome = pins::run(context, request).await;
             send(&mut write, &outcome.map_or_else(|e| Reply::of_error(&e), Reply::Pins)).await
         }
     }
+}
+
+/// Everything is read before the keeper is asked: that takes long, and snapshots go on meanwhile.
+async fn synchronise(
+    context: &AgentContext,
+    keeper: &Keeper,
+    options: SyncOptions,
+) -> Result<SyncReport> {
+    if options.check {
+        return sync::check(context, options.deep).await;
+    }
+    let mut unread = SyncReport::default();
+    let findings = match options.deep {
+        true => sync::inspect(context, &mut unread).await?,
+        false => Findings::new(),
+    };
+    let mut report = keeper.synchronise(options.deep, findings).await?;
+    report.not_read(unread);
+    Ok(report)
 }
 
 async fn snapshot(

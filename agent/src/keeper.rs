@@ -13,7 +13,7 @@ use crate::prune::{self, PruneOptions, PruneReport};
 use crate::schedule::Schedule;
 use crate::snapshot::{self, Reason, SnapshotOutcome, SnapshotProgress, SnapshotRequest};
 use crate::status::SnapshotStatus;
-use crate::sync::{self, SyncReport};
+use crate::sync::{self, Findings, SyncReport};
 use crate::wal::WalStatus;
 use backstay_common::id::{Branch, SnapshotId};
 use backstay_common::lsn::Lsn;
@@ -50,6 +50,14 @@ type Outcome = Result<SnapshotOutcome>;
 enum Job {
     Snapshot(oneshot::Sender<Outcome>),
     Prune(PruneOptions, oneshot::Sender<Result<PruneReport>>),
+    Sync(SyncAsked, oneshot::Sender<Result<SyncReport>>),
+}
+
+/// A comparison, with what has been found damaged by reading everything.
+#[derive(Debug, Default)]
+struct SyncAsked {
+    deep: bool,
+    findings: Findings,
 }
 
 /// The handle of the keeper's task.
@@ -81,6 +89,14 @@ impl Keeper {
     pub async fn prune(&self, options: PruneOptions) -> Result<PruneReport> {
         let (send, report) = oneshot::channel();
         self.send(Job::Prune(options, send))?;
+        let stopping = |_| Err(Error::new(Kind::Cancelled, "the agent is stopping"));
+        report.await.unwrap_or_else(stopping)
+    }
+
+    /// Makes the locations equal now, or when the snapshot that is being taken is done; replaces what is in `findings`.
+    pub async fn synchronise(&self, deep: bool, findings: Findings) -> Result<SyncReport> {
+        let (send, report) = oneshot::channel();
+        self.send(Job::Sync(SyncAsked { deep, findings }, send))?;
         let stopping = |_| Err(Error::new(Kind::Cancelled, "the agent is stopping"));
         report.await.unwrap_or_else(stopping)
     }
@@ -182,7 +198,7 @@ pub fn new(
 impl KeeperTask {
     /// Runs until the agent stops.
     pub async fn run(mut self) -> Result<()> {
-        self.synchronise().await;
+        let _ = self.synchronise(SyncAsked::default()).await;
         let mut last = self.last_snapshot().await;
         // What was condemned before a restart is due some time; a first snapshot prunes by itself.
         self.prune_due = last.map(|_| Timestamp::now());
@@ -196,7 +212,12 @@ impl KeeperTask {
             let reason = match self.wait(due, next, last).await {
                 Wake::Stop => return Ok(()),
                 Wake::Sync => {
-                    self.synchronise().await;
+                    // The alarms and the log say what went wrong.
+                    let _ = self.synchronise(SyncAsked::default()).await;
+                    continue;
+                }
+                Wake::Asked(Job::Sync(asked, reply)) => {
+                    let _ = reply.send(self.synchronise(asked).await);
                     continue;
                 }
                 Wake::Prune => {
@@ -412,20 +433,21 @@ impl KeeperTask {
         tokio::time::sleep(until(next).min(Duration::from_secs(1))).await;
     }
 
-    async fn synchronise(&self) {
+    async fn synchronise(&self, asked: SyncAsked) -> Result<SyncReport> {
         let report = tokio::select! {
-            () = self.context.stop.cancelled() => return,
-            report = sync::run(&self.context) => report,
+            () = self.context.stop.cancelled() => return Err(Error::new(Kind::Cancelled, "the agent is stopping")),
+            report = sync::run(&self.context, asked.deep, asked.findings) => report,
         };
-        match report {
+        match &report {
             Ok(report) => {
-                self.nothing_is_pending(&report);
-                for (location, reason) in report.failed {
-                    tracing::warn!(%location, "not compared with the other locations: {reason}");
+                self.nothing_is_pending(report);
+                for failed in &report.failed {
+                    tracing::warn!(location = %failed.location, "not compared with the other locations: {}", failed.reason);
                 }
             }
             Err(error) => tracing::warn!("locations not compared: {error}"),
         }
+        report
     }
 
     fn next_sync(&self) -> Duration {
@@ -433,9 +455,9 @@ impl KeeperTask {
         if is_pending { SYNC_WHILE_PENDING_EVERY } else { SYNC_EVERY }
     }
 
-    /// When every location could be compared, each has every snapshot.
+    /// When every location could be compared and lacks nothing, each has every snapshot.
     fn nothing_is_pending(&self, report: &SyncReport) {
-        if report.failed.is_empty() && self.context.writers.len() > 1 {
+        if report.is_complete() && self.context.writers.len() > 1 {
             for writer in &self.context.writers {
                 self.context.alarms.clear(PENDING, writer.location().name().as_str());
             }

@@ -22,18 +22,21 @@
 //! | [`schedule`], [`keeper`] | when a snapshot is taken, and the one task that takes it |
 //! | [`lease`] | which agent may |
 //! | [`epochs`], [`writer`] | data keys; writing to a location in the order of the format |
-//! | [`sync`] | copies to a location what it lacks |
+//! | [`copy`] | one object from one location to another |
+//! | [`sync`] | compares the locations, copies to each what it lacks, replaces what is damaged |
 //! | [`prune`] | deletes what no moment of the window needs |
 //! | [`synchronous`] | whether commits wait for this agent |
 //! | `indexer` | footers of many spans in one object |
 //! | [`control`], [`status`], [`alarms`] | what the running agent tells |
-//! | [`context`] | what every task is given |
+//! | [`context`], [`allocator`] | what every task is given; how memory is given back |
 
 pub mod alarms;
+pub mod allocator;
 pub mod check;
 pub mod connect;
 pub mod context;
 pub mod control;
+pub mod copy;
 pub mod epochs;
 mod indexer;
 pub mod init;

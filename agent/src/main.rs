@@ -5,7 +5,8 @@ use backstay_agent::control::{self, Reply, Request};
 use backstay_agent::init::Initialised;
 use backstay_agent::prune::PruneOptions;
 use backstay_agent::prune::pins::PinRequest;
-use backstay_agent::{check, init, status};
+use backstay_agent::sync::SyncOptions;
+use backstay_agent::{allocator, check, init, status};
 use backstay_common::config::Settings;
 use backstay_common::id::LocationName;
 use backstay_common::{Error, Kind};
@@ -60,6 +61,18 @@ enum Verb {
         #[arg(long)]
         json: bool,
     },
+    /// Make the locations equal: copy to each what it lacks, replace what is damaged.
+    Sync {
+        /// Only say what differs.
+        #[arg(long)]
+        check: bool,
+        /// Read every object everywhere, and find damage that a listing does not show.
+        #[arg(long)]
+        deep: bool,
+        /// Print the report as JSON.
+        #[arg(long)]
+        json: bool,
+    },
     /// Hold a snapshot, so that prune leaves it alone.
     Pin {
         /// Its id, or the beginning of it.
@@ -100,6 +113,7 @@ const EXIT_CODES: &str = "Exit codes: 0 done, 1 internal, 2 usage or configurati
 5 storage (or committed at some required locations only), 6 PostgreSQL, 7 key, 9 no agent answers, 10 alarms";
 
 fn main() -> ExitCode {
+    allocator::keep_no_large_buffers();
     let arguments = Arguments::parse();
     log_to_stderr();
     let runtime = match tokio::runtime::Runtime::new() {
@@ -141,6 +155,9 @@ async fn run(arguments: Arguments) -> anyhow::Result<u8> {
         Verb::Status { json } => run_status(&settings, json).await,
         Verb::Prune { dry_run, accept_window, json } => {
             run_prune(&settings, PruneOptions { dry_run, accept_window }, json).await
+        }
+        Verb::Sync { check, deep, json } => {
+            run_sync(&settings, SyncOptions { check, deep }, json).await
         }
         Verb::Pin { snapshot, reason, until, with_wal, json } => {
             let request = PinRequest::Pin { snapshot, reason, until, with_wal };
@@ -222,6 +239,16 @@ async fn run_prune(settings: &Settings, options: PruneOptions, json: bool) -> an
         false => print!("{report}"),
     }
     Ok(if report.failed.is_empty() { 0 } else { Kind::Storage.exit_code() })
+}
+
+async fn run_sync(settings: &Settings, options: SyncOptions, json: bool) -> anyhow::Result<u8> {
+    let reply = control::ask(&settings.state_dir, Request::Sync(options), |_| {}).await?;
+    let Reply::Synced(report) = reply else { return refused(reply) };
+    match json {
+        true => println!("{}", serde_json::to_string_pretty(&report)?),
+        false => print!("{report}"),
+    }
+    Ok(report.exit_code())
 }
 
 async fn run_pins(settings: &Settings, request: PinRequest, json: bool) -> anyhow::Result<u8> {

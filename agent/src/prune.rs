@@ -38,7 +38,6 @@ use crate::context::AgentContext;
 use backstay_common::id::{AgentName, Branch, LocationName, SystemId};
 use backstay_common::keys::Epoch;
 use backstay_common::lsn::LsnRange;
-use backstay_common::name::ObjectName;
 use backstay_common::pin::{Hold, PinRecord, damage_pin};
 use backstay_common::retention::{DamageHold, Rules, Verdict, View, judge};
 use backstay_common::{Error, Kind, Result};
@@ -48,7 +47,7 @@ use jiff::Timestamp;
 use look::{Look, look};
 use mark::Window;
 use serde::{Deserialize, Serialize};
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -183,13 +182,21 @@ impl<S: Store> Pruner<'_, S> {
 
     /// What all locations together need; `None` if any of them cannot be read.
     async fn needed(&self) -> Option<Verdict> {
-        let mut looks = Vec::new();
-        for (store, looked) in self.look().await {
-            looks.push((store, looked.ok()?));
-        }
+        let looks: Option<Vec<_>> =
+            self.look().await.into_iter().map(|(store, look)| Some((store, look.ok()?))).collect();
+        Some(self.by_window_applied(looks?)?.1)
+    }
+
+    /// What those that can be read say together.
+    async fn judgement(&self) -> Option<(View, Verdict)> {
+        let looks = self.look().await.into_iter();
+        self.by_window_applied(looks.filter_map(|(s, look)| Some((s, look.ok()?))).collect())
+    }
+
+    fn by_window_applied(&self, looks: Vec<(&S, Look)>) -> Option<(View, Verdict)> {
         let choose = |(_, look): &(&S, Look)| Window::choose(look, self.rules.window, false);
         let windows: Vec<Window> = looks.iter().map(choose).collect();
-        Some(self.together(&looks, &windows)?.1)
+        self.together(&looks, &windows)
     }
 }
 
@@ -269,11 +276,11 @@ fn alarm(context: &AgentContext, report: &PruneReport) {
     }
 }
 
-/// What no location needs any more of a system, so that it is not copied to one that has let go of it. Empty if that cannot be
-/// said.
-pub async fn unneeded(context: &AgentContext, system: &System) -> BTreeSet<ObjectName> {
-    let verdict = needed(context, system).await.unwrap_or_default();
-    verdict.goes.into_keys().collect()
+/// What the locations that can be read say together of a system: what of it stays and what may go. `None` if none of them can be
+/// read. What another one needs, which cannot be read, may be said to go: that is for whoever copies, not for who deletes.
+pub async fn judgement(context: &AgentContext, system: &System) -> Option<(View, Verdict)> {
+    // It does not depend on who asks.
+    pruner(context, system, 0).await.ok()?.judgement().await
 }
 
 /// The WAL of the server's system that all locations together need; `None` if that cannot be said now.

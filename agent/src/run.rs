@@ -72,6 +72,8 @@ pub async fn run(settings: Settings) -> Result<()> {
         epochs,
         alarms,
         systems: Systems::default(),
+        strays: Default::default(),
+        damage: Default::default(),
         stop: stop.clone(),
     });
     tracing::info!(agent = %context.settings.agent, system = %context.system, "agent started");

@@ -3,7 +3,7 @@
 //! ```text
 //! session   backup start ──────────────────────────────────────────────► backup stop
 //!              │                                                            │
-//! walk ─► cut ─► read (one thread a core: checksums, hashes)                │ pg_control, label
+//! walk ─► cut ─► read (two threads a core: checksums, hashes)               │ pg_control, label
 //!                  │                                                        │
 //! parent's hashes ─► diff (what changed: zstd)                              │
 //!                  │                                                        ▼
@@ -47,7 +47,7 @@ mod config_files;
 mod cut;
 mod diff;
 #[cfg(test)]
-mod fixture;
+pub(crate) mod fixture;
 mod hash_key;
 mod label;
 mod leftover;
@@ -106,6 +106,10 @@ use std::time::Instant;
 use tokio::sync::watch;
 use walk::{Tree, What};
 
+/// So that one computes while the other waits for the disk.
+const READERS_PER_CORE: usize = 2;
+/// Each holds some 6 MiB.
+const READERS_MAX: usize = 16;
 /// Jobs that wait for a reader.
 const JOBS_MAX: usize = 16;
 /// More alarms than this about damaged files help nobody.
@@ -139,6 +143,8 @@ pub async fn take(
         Ok(outcome) => tracing::info!(
             snapshot = %id,
             database_bytes = outcome.database_bytes,
+            read_bytes = outcome.read_bytes,
+            changed_bytes = outcome.changed_bytes,
             stored_bytes = outcome.stored_bytes,
             pending = outcome.pending.len(),
             "snapshot done in {:.1} s", outcome.seconds
@@ -309,7 +315,8 @@ impl Taking<'_> {
         let (page_bytes, segment_pages) = (control.block_bytes, control.relation_segment_blocks);
         let reading = self.reading(page_bytes, segment_pages, control.has_checksums(), start)?;
         let mut assembler = self.assembler(&onto, &reading);
-        let messages = self.pool(&onto, &reading, cores(), JOBS_MAX).start_on(&tree)?;
+        let readers = (READERS_PER_CORE * cores()).min(READERS_MAX);
+        let messages = self.pool(&onto, &reading, readers, JOBS_MAX).start_on(&tree)?;
         let needed = start.align_down(control.segment_size.bytes());
         let mut watch = Watch { session: &mut session, wal: &self.wal, needed };
         watch.during(assembler.take_all(messages)).await?;
@@ -529,6 +536,8 @@ impl Taking<'_> {
             committed,
             pending,
             database_bytes: plain.database_bytes,
+            read_bytes: self.meter.read_bytes(),
+            changed_bytes: self.meter.changed_bytes(),
             stored_bytes: plain.stored_bytes,
             seconds: self.started.elapsed().as_secs_f64(),
             corrupt_pages: plain.corrupt_pages,

@@ -1,327 +1,391 @@
-//! Makes the locations equal again: what one of them lacks is copied from another, byte for byte.
+//! Makes the locations equal again: what one of them lacks, or has damaged, is copied from another, byte for byte.
+//!
+//! ```text
+//! place       each location: what it lists, what of that is damaged ─┐
+//! prune       what nobody needs any more                             ├─► compare ─► mend, or only report
+//! superseded  pieces whose span is there                            ─┘
+//! ```
 //!
 //! Needed after an agent was killed between the writes to two locations, and after a location was away. Runs at start,
-//! then every hour, never beside a snapshot. Copying keeps the order of the format (wraps, origins, packs and
-//! WAL, manifests last), so that a manifest at a location still implies all that it needs; it checks each object's
-//! BLAKE3 trailer and that it is what its name says, and needs no key.
+//! then every hour, and when asked, never beside a snapshot of this agent; `check` changes nothing, and runs at any
+//! time. Copying keeps the order of the format (wraps, origins, packs and WAL, manifests last), so that a manifest at a
+//! location still implies all that it needs; it needs no key. A damaged object is found by its size, by whoever
+//! reads it, or by a deep pass, which reads everything.
 //!
-//! What is superfluous goes: pieces whose span is at the same location, which nobody remembers when the agent was
-//! killed between the PUT of the span and their deletion. A name proves nothing: the span is read whole and opened first.
+//! A crash leaves whole objects, or one fewer where a damaged one was being replaced.
+
+mod compare;
+mod mend;
+mod place;
+mod report;
+mod strays;
+pub mod superseded;
+
+pub use place::{Damage, Findings};
+pub use report::{Difference, LocationSync, NotCompared, SyncReport, What};
+pub use strays::Strays;
 
 use crate::context::AgentContext;
 use crate::prune::{self, System};
-use backstay_common::id::{Branch, LocationName, ObjectId, SystemId};
-use backstay_common::location::Location;
-use backstay_common::lsn::{Lsn, LsnRange};
-use backstay_common::name::{ObjectName, folder};
-use backstay_common::seal::Header;
-use backstay_common::span::WalObject;
+use backstay_common::id::LocationName;
+use backstay_common::name::ObjectName;
+use backstay_common::retention::{Gone, Stays, Verdict, View};
 use backstay_common::{Error, Kind, Result};
-use futures::TryStreamExt;
+use mend::Mending;
+use place::{Expectations, Place};
+use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
 
-/// Objects copied at the same time to one location; bounds memory to this many objects of at most 64 MiB.
-const COPIES_MAX: usize = 3;
+/// A difference is told only if it is still there after so many looks with a pause between them: objects on their way are
+/// none.
+const LOOKS: usize = 4;
+const LOOK_PAUSE: Duration = Duration::from_secs(2);
 
-/// What one pass did.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct SyncReport {
-    /// Objects copied to each location that lacked any.
-    pub copied: BTreeMap<LocationName, u64>,
-    /// Locations that could not be listed or written, with the reason.
-    pub failed: Vec<(LocationName, String)>,
+/// How a pass was asked for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SyncOptions {
+    /// Only say what differs.
+    pub check: bool,
+    /// Read every object, everywhere.
+    pub deep: bool,
 }
 
-/// Lists all locations, and copies to each what another one has.
-pub async fn run(context: &AgentContext) -> Result<SyncReport> {
-    let mut report = SyncReport::default();
-    synchronise(context, &context.systems.own(context).await, &mut report).await;
-    for system in context.systems.others(context).await? {
-        synchronise(context, &system, &mut report).await;
+/// All systems at all locations.
+async fn systems(context: &AgentContext) -> Result<Vec<System>> {
+    let mut systems = vec![context.systems.own(context).await];
+    systems.extend(context.systems.others(context).await?);
+    Ok(systems)
+}
+
+/// Lists all locations, copies to each what another one has, and replaces what is damaged: by `findings`, or by what is
+/// known of before. What comes to light on the way is seen to at once.
+pub async fn run(context: &AgentContext, deep: bool, findings: Findings) -> Result<SyncReport> {
+    let known = context.damage.0.lock().expect("no panic while held").clone();
+    let mut damage = known.clone();
+    join(&mut damage, findings);
+    let (mut report, mut left) = pass(context, deep, &damage).await?;
+    if left.iter().any(|(place, names)| damage.get(place).map(BTreeMap::len) < Some(names.len())) {
+        join(&mut damage, left);
+        let before = report;
+        (report, left) = pass(context, deep, &damage).await?;
+        report.after(&before);
+    }
+    // Of a location that could not be asked what was known stays known.
+    for failed in &report.failed {
+        if let Some(entry) = damage.remove_entry(&failed.location) {
+            join(&mut left, Findings::from([entry]));
+        }
+    }
+    let mut noted = context.damage.0.lock().expect("no panic while held");
+    for (location, names) in noted.iter() {
+        let is_new = |name: &ObjectName| !known.get(location).is_some_and(|k| k.contains_key(name));
+        let new = names.iter().filter(|(name, _)| is_new(name));
+        let new = new.map(|(name, why)| (name.clone(), why.clone())).collect();
+        join(&mut left, Findings::from([(location.clone(), new)]));
+    }
+    left.retain(|_, names| !names.is_empty());
+    alarm(context, &report, &left);
+    *noted = left;
+    drop(noted);
+    Ok(report)
+}
+
+/// Returns what stays damaged, too.
+async fn pass(
+    context: &AgentContext,
+    deep: bool,
+    damage: &Findings,
+) -> Result<(SyncReport, Findings)> {
+    let mut report = SyncReport { deep, ..SyncReport::default() };
+    let mut left = Findings::new();
+    for system in systems(context).await? {
+        join(&mut left, synchronise(context, &system, damage, &mut report).await);
+    }
+    Ok((report, left))
+}
+
+fn join(findings: &mut Findings, more: Findings) {
+    for (location, names) in more {
+        findings.entry(location).or_default().extend(names);
+    }
+}
+
+/// Says what differs, and changes nothing.
+pub async fn check(context: &AgentContext, deep: bool) -> Result<SyncReport> {
+    let mut report = SyncReport { check: true, deep, ..SyncReport::default() };
+    let findings = match deep {
+        true => inspect(context, &mut report).await?,
+        false => Findings::new(),
+    };
+    for system in systems(context).await? {
+        let mut found = differences(context, &system, &findings).await;
+        for _ in 1..LOOKS {
+            if found.locations.iter().all(|location| location.different == 0) {
+                break;
+            }
+            tokio::time::sleep(LOOK_PAUSE).await;
+            let again = differences(context, &system, &findings).await;
+            found = found.still(again);
+        }
+        for (location, error) in found.failed {
+            report.fail(&location, &error);
+        }
+        report.locations.extend(found.locations);
     }
     Ok(report)
 }
 
-/// One system, at the locations that take its backups.
-async fn synchronise(context: &AgentContext, system: &System, report: &mut SyncReport) {
-    let folder = &folder::system(system.id);
-    let listings = futures::future::join_all(system.stores.iter().map(|store| async {
-        let listed = list(store.writer.location(), folder).await;
-        (store.writer.location().clone(), listed)
-    }))
-    .await;
-    let mut present: Vec<(Location, BTreeSet<ObjectName>)> = Vec::new();
-    for (location, listed) in listings {
-        match listed {
-            Ok(names) => present.push((location, names)),
-            Err(error) => report.failed.push((location.name().clone(), error.message().into())),
-        }
-    }
-    let mut all: BTreeSet<ObjectName> =
-        present.iter().flat_map(|(_, names)| names).cloned().collect();
-    if present.iter().any(|(_, names)| !missing(names, &all).concat().is_empty()) {
-        // What one location has let go of does not come back from another that has it still.
-        let unneeded = prune::unneeded(context, system).await;
-        all.retain(|name| !unneeded.contains(name));
-    }
-    for (location, names) in &present {
-        match copy_missing(location, names, &all, &present).await {
-            // Of an earlier system prune deletes them.
-            Ok(_) if system.id != context.system => {}
-            Ok(0) => delete_superseded(context, location, names).await,
-            Ok(count) => {
-                tracing::info!(location = %location.name(), count, "copied objects that it lacked");
-                *report.copied.entry(location.name().clone()).or_default() += count;
-                if let Ok(names) = list(location, folder).await {
-                    delete_superseded(context, location, &names).await;
-                }
-            }
-            Err(error) => report.failed.push((location.name().clone(), error.message().into())),
-        }
-    }
-}
-
-/// Deletes pieces for which a longer object is whole at the same location. An identity that may not delete leaves them
-/// to prune.
-async fn delete_superseded(
-    context: &AgentContext,
-    location: &Location,
-    names: &BTreeSet<ObjectName>,
-) {
-    let place = location.name().as_str();
-    let mut damaged = None;
-    for (longer, pieces) in superseded(names) {
-        let deleted = async {
-            prove(context, location, &longer).await?;
-            location.delete(&pieces).await
+/// Reads every object, everywhere. Returns what is damaged; what could not be read is in the report.
+pub async fn inspect(context: &AgentContext, report: &mut SyncReport) -> Result<Findings> {
+    let mut findings = Findings::new();
+    for system in systems(context).await? {
+        let (mut places, failed) = place::list(&system).await;
+        let expected = match prune::judgement(context, &system).await {
+            Some((view, _)) => expectations(&view),
+            None => Expectations::new(),
         };
-        match deleted.await {
-            Ok(()) => {
-                tracing::info!(location = place, count = pieces.len(), "deleted superseded pieces")
-            }
-            Err(error) if error.kind() == Kind::Corrupt => damaged = Some(error),
-            Err(error) => tracing::debug!(%error, "superseded pieces are left"),
+        let unread = place::examine(&mut places, None, &expected).await;
+        for (location, error) in failed.into_iter().chain(unread) {
+            report.fail(&location, &error);
+        }
+        for place in places {
+            join(&mut findings, Findings::from([(place.name().clone(), place.damaged)]));
         }
     }
-    match damaged {
-        Some(error) => context.alarms.raise("object-damaged", place, error),
-        None => context.alarms.clear("object-damaged", place),
-    }
+    Ok(findings)
 }
 
-/// Reads and opens all of a WAL object.
-async fn prove(context: &AgentContext, location: &Location, name: &ObjectName) -> Result<()> {
-    let bytes = location.get(name).await?;
-    let header = Header::check(&bytes, name)?;
-    let keyring = context.epochs.keyring();
-    let epoch = keyring.epoch(context.system, header.epoch(), location).await?;
-    let name = name.clone();
-    let opened = move || WalObject::open(bytes, &name, &epoch)?.wal().map(drop);
-    tokio::task::spawn_blocking(opened)
-        .await
-        .unwrap_or_else(|_| Err(Error::new(Kind::Bug, "opening a WAL object panicked")))
+fn expectations(view: &View) -> Expectations {
+    let packs = view.manifests.values().flat_map(|plain| &plain.packs);
+    packs.map(|entry| (entry.name(view.system), entry.into())).collect()
 }
 
-/// For each WAL object whose range covers shorter ones those that it covers.
-fn superseded(names: &BTreeSet<ObjectName>) -> Vec<(ObjectName, Vec<ObjectName>)> {
-    let mut branches: BTreeMap<(SystemId, Branch), Vec<(LsnRange, ObjectId)>> = BTreeMap::new();
-    for name in names {
-        if let ObjectName::Wal { system, branch, range, id } = *name {
-            branches.entry((system, branch)).or_default().push((range, id));
+/// What all locations together have and need.
+#[derive(Debug, Default)]
+struct Live {
+    /// Whole somewhere.
+    all: BTreeSet<ObjectName>,
+    expected: Expectations,
+    verdict: Verdict,
+}
+
+impl Live {
+    fn of(places: &[Place], judgement: Option<(View, Verdict)>) -> Live {
+        let mut all: BTreeSet<ObjectName> = places.iter().flat_map(Place::whole).collect();
+        let (expected, verdict) = match judgement {
+            Some((view, verdict)) => (expectations(&view), verdict),
+            None => Default::default(),
+        };
+        // What one location has let go of does not come back from another that has it still. A piece is superseded only
+        // by what is whole.
+        all.retain(|name| matches!(verdict.goes.get(name), None | Some(Gone::Superseded)));
+        for piece in superseded::superseded(&all).into_iter().flat_map(|(_, pieces)| pieces) {
+            all.remove(&piece);
         }
+        Live { all, expected, verdict }
     }
-    let mut found: Vec<(ObjectName, Vec<ObjectName>)> = Vec::new();
-    for ((system, branch), mut objects) in branches {
-        objects.sort_by_key(|(range, _)| (range.start, std::cmp::Reverse(range.end)));
-        let mut longest = LsnRange::new(Lsn::INVALID, Lsn::INVALID);
-        for (range, id) in objects {
-            let name = ObjectName::Wal { system, branch, range, id };
-            if range.end > longest.end {
-                longest = range;
-                found.push((name, Vec::new()));
-            } else if longest.covers(&range)
-                && longest.len() > range.len()
-                && let Some((_, pieces)) = found.last_mut()
-            {
-                pieces.push(name);
-            }
-        }
+
+    fn is_needed(&self, name: &ObjectName) -> bool {
+        !self.verdict.goes.contains_key(name)
     }
-    found.retain(|(_, pieces)| !pieces.is_empty());
-    found
+
+    /// A snapshot that is being taken is compared when it is committed.
+    fn is_settled(&self, name: &ObjectName) -> bool {
+        self.verdict.stays.get(name) != Some(&Stays::Running)
+    }
 }
 
-async fn list(location: &Location, folder: &str) -> Result<BTreeSet<ObjectName>> {
-    location.require_cluster().await?;
-    Ok(location.list(folder).await?.into_iter().filter_map(|listed| listed.name).collect())
-}
-
-async fn copy_missing(
-    to: &Location,
-    has: &BTreeSet<ObjectName>,
-    all: &BTreeSet<ObjectName>,
-    sources: &[(Location, BTreeSet<ObjectName>)],
-) -> Result<u64> {
-    let mut count = 0;
-    for group in missing(has, all) {
-        count += group.len() as u64;
-        futures::stream::iter(group.into_iter().map(Ok))
-            .try_for_each_concurrent(COPIES_MAX, |name| copy(to, name, sources))
-            .await?;
-    }
-    Ok(count)
-}
-
-/// What a location lacks of `all`, in groups that must be stored one after the other.
-///
-/// WAL counts as there if the location's own objects cover its range, and an index if a larger one does: pieces that a
-/// span has superseded do not come back.
-fn missing(has: &BTreeSet<ObjectName>, all: &BTreeSet<ObjectName>) -> Vec<Vec<ObjectName>> {
-    let covered = coverage(has);
-    let indexes: Vec<(Branch, LsnRange)> = has
-        .iter()
-        .filter_map(|name| match name {
-            ObjectName::WalIndex { branch, range, .. } => Some((*branch, *range)),
-            _ => None,
-        })
-        .collect();
-    let is_covered = |name: &ObjectName| match name {
-        ObjectName::WalIndex { branch, range, .. } => {
-            indexes.iter().any(|(of, larger)| of == branch && larger.covers(range))
-        }
-        ObjectName::Wal { branch, range, .. } => covered
-            .get(branch)
-            .is_some_and(|ranges| ranges.iter().any(|covered| covered.covers(range))),
-        _ => false,
+/// True if a location lacks something, or has it damaged.
+fn differs(places: &[Place], live: &Live) -> bool {
+    let lacks = |place: &Place| {
+        !place.damaged.is_empty()
+            || compare::missing(&place.whole(), &live.all).iter().any(|group| !group.is_empty())
     };
-    let mut groups = vec![Vec::new(); 5];
-    for name in all.difference(has).filter(|name| !is_covered(name)) {
-        let group = match name {
-            ObjectName::Wrap { .. } | ObjectName::Lease { .. } => 0,
-            ObjectName::Origin { .. } | ObjectName::Begin { .. } | ObjectName::Pin { .. } => 1,
-            ObjectName::Pack { .. } | ObjectName::Wal { .. } | ObjectName::Gap { .. } => 2,
-            ObjectName::WalIndex { .. } => 3,
-            ObjectName::Manifest { .. } => 4,
-            // They speak of one location.
-            ObjectName::Cluster
-            | ObjectName::Accepted { .. }
-            | ObjectName::Head { .. }
-            | ObjectName::Condemned { .. } => {
+    places.iter().any(lacks)
+}
+
+/// Lists, and finds out which copies are not what they should be: those that were known to be damaged, and those whose sizes
+/// differ.
+async fn look(
+    context: &AgentContext,
+    system: &System,
+    known: &Findings,
+) -> (Vec<Place>, Vec<(LocationName, Error)>) {
+    let (mut places, mut failed) = place::list(system).await;
+    places.iter_mut().for_each(|place| place.know(known));
+    let listings: Vec<&BTreeMap<ObjectName, u64>> = places.iter().map(|p| &p.listed).collect();
+    let mut suspect = compare::unequal(&listings);
+    suspect.extend(places.iter().flat_map(|place| place.damaged.keys().cloned()));
+    if !suspect.is_empty() {
+        let judgement = prune::judgement(context, system).await;
+        let expected = judgement.map(|(view, _)| expectations(&view)).unwrap_or_default();
+        failed.extend(place::examine(&mut places, Some(&suspect), &expected).await);
+    }
+    (places, failed)
+}
+
+/// What prune says is asked only if there is a difference.
+async fn judge(context: &AgentContext, system: &System, places: &[Place]) -> Live {
+    let live = Live::of(places, None);
+    match differs(places, &live) {
+        false => live,
+        true => Live::of(places, prune::judgement(context, system).await),
+    }
+}
+
+/// What a check of one system found.
+struct Found {
+    locations: Vec<LocationSync>,
+    failed: Vec<(LocationName, Error)>,
+}
+
+impl Found {
+    /// Only what is in both.
+    fn still(self, mut again: Found) -> Found {
+        for location in &mut again.locations {
+            let before = self.locations.iter().find(|before| before.location == location.location);
+            let was = |now: &Difference| {
+                before.is_some_and(|before| {
+                    before.differences.iter().any(|d| (&d.name, d.what) == (&now.name, now.what))
+                })
+            };
+            location.differences.retain(was);
+            location.different = location.differences.len() as u64;
+        }
+        again
+    }
+}
+
+async fn differences(context: &AgentContext, system: &System, findings: &Findings) -> Found {
+    let (places, failed) = look(context, system, findings).await;
+    let live = judge(context, system, &places).await;
+    let mut locations = Vec::new();
+    for place in &places {
+        let mut told = LocationSync::new(place.name(), system.id, place.listed.len());
+        let missing = compare::missing(&place.whole(), &live.all).concat();
+        for name in missing.iter().filter(|name| live.is_settled(name)) {
+            if place.damaged.contains_key(name) {
                 continue;
             }
-        };
-        groups[group].push(name.clone());
+            let has = |other: &&Place| {
+                other.listed.contains_key(name) && !other.damaged.contains_key(name)
+            };
+            let at: Vec<&str> = places.iter().filter(has).map(|p| p.name().as_str()).collect();
+            let error = Error::new(Kind::Missing, format!("it is at {}", at.join(", ")));
+            told.differs(Difference::new(name, What::Missing, &error));
+        }
+        for (name, why) in place.damaged.iter().filter(|(name, _)| live.is_needed(name)) {
+            told.differs(Difference::new(name, What::Damaged, &Error::new(Kind::Corrupt, why)));
+        }
+        locations.push(told);
     }
-    groups
+    Found { locations, failed }
 }
 
-/// The stretches of each branch that a location's objects cover without a hole.
-fn coverage(names: &BTreeSet<ObjectName>) -> BTreeMap<Branch, Vec<LsnRange>> {
-    let mut branches: BTreeMap<Branch, Vec<LsnRange>> = BTreeMap::new();
-    // The set's order is by branch, then by start.
-    for name in names {
-        let ObjectName::Wal { branch, range, .. } = name else { continue };
-        let stretches = branches.entry(*branch).or_default();
-        match stretches.last_mut().filter(|last| range.start <= last.end) {
-            Some(last) => last.end = last.end.max(range.end),
-            None => stretches.push(*range),
-        }
+/// One system, at the locations that take its backups. Returns what stays damaged.
+async fn synchronise(
+    context: &AgentContext,
+    system: &System,
+    known: &Findings,
+    report: &mut SyncReport,
+) -> Findings {
+    let (mut places, failed) = look(context, system, known).await;
+    for (location, error) in &failed {
+        report.fail(location, error);
     }
-    branches
-}
-
-async fn copy(
-    to: &Location,
-    name: ObjectName,
-    sources: &[(Location, BTreeSet<ObjectName>)],
-) -> Result<()> {
-    let mut last_error = None;
-    for (source, names) in sources {
-        if source.name() == to.name() || !names.contains(&name) {
-            continue;
+    let mut deleted: BTreeMap<LocationName, u64> = BTreeMap::new();
+    for place in places.iter_mut().filter(|_| is_own(context, system)) {
+        let names = place.whole();
+        let count = delete_superseded(context, place, names).await;
+        deleted.insert(place.name().clone(), count);
+    }
+    let live = judge(context, system, &places).await;
+    let mut left = Findings::new();
+    for place in &places {
+        let mut told = LocationSync::new(place.name(), system.id, place.listed.len());
+        told.deleted = deleted.get(place.name()).copied().unwrap_or_default();
+        let missing = compare::missing(&place.whole(), &live.all);
+        let mending = Mending::new(&places, place, &live.all, &live.expected, &context.strays);
+        let mended = mending.run(missing).await;
+        if mended.copied.objects > 0 {
+            let copied = mended.copied;
+            tracing::info!(location = %place.name(), "copied what it lacked: {copied}");
         }
-        let fetched = source.get(&name).await;
-        match fetched.and_then(|bytes| Header::check(&bytes, &name).map(|_| bytes)) {
-            Ok(bytes) => return to.put(&name, bytes).await.map(|_| ()),
-            Err(error) => {
-                tracing::warn!(location = %source.name(), "cannot copy {name}: {}", error.message());
-                last_error = Some(error);
+        told.copied = mended.copied;
+        join(&mut left, mended.damaged);
+        let mut damaged = place.damaged.clone();
+        for (name, size) in mended.repaired {
+            damaged.remove(&name);
+            told.repaired.add(size);
+        }
+        for difference in mended.left {
+            match difference.name.parse::<ObjectName>().ok().and_then(|n| damaged.remove_entry(&n))
+            {
+                Some((name, why)) => {
+                    let reason = format!("{why}; not replaced: {}", difference.reason);
+                    told.differs(Difference { what: What::Damaged, reason, ..difference });
+                    left.entry(place.name().clone()).or_default().insert(name, why);
+                }
+                None => told.differs(difference),
             }
         }
+        for (name, why) in damaged {
+            if live.is_needed(&name) {
+                let reason = format!("{why}; no location has it whole");
+                let error = Error::new(Kind::Corrupt, &reason);
+                told.differs(Difference::new(&name, What::Damaged, &error));
+                left.entry(place.name().clone()).or_default().insert(name, why);
+            }
+        }
+        if mended.copied_wal && is_own(context, system) {
+            // The span may have come meanwhile by itself.
+            let (again, _) = place::list(system).await;
+            if let Some(mut place) = again.into_iter().find(|again| again.name() == place.name()) {
+                let names = place.whole();
+                told.deleted += delete_superseded(context, &mut place, names).await;
+            }
+        }
+        report.locations.push(told);
     }
-    // Deleted since it was listed, as superseded pieces are: nothing to copy.
-    match last_error.filter(|error| error.kind() != backstay_common::Kind::Missing) {
-        Some(error) => Err(error),
-        None => Ok(()),
+    left
+}
+
+/// Of an earlier system prune deletes what is superseded.
+fn is_own(context: &AgentContext, system: &System) -> bool {
+    system.id == context.system
+}
+
+async fn delete_superseded(
+    context: &AgentContext,
+    place: &mut Place,
+    names: BTreeSet<ObjectName>,
+) -> u64 {
+    let done = superseded::delete(context, place.writer.location(), &names).await;
+    for name in &done.deleted {
+        place.listed.remove(name);
+        place.damaged.remove(name);
+    }
+    place.damaged.extend(done.damaged);
+    done.deleted.len() as u64
+}
+
+/// The alarms about differences are kept here. That a location is down is another alarm's to say.
+fn alarm(context: &AgentContext, report: &SyncReport, damage: &Findings) {
+    for writer in &context.writers {
+        let name = writer.location().name();
+        let failed = report.failed.iter().any(|failed| failed.location == *name);
+        let here: Vec<_> = report.locations.iter().filter(|told| told.location == *name).collect();
+        for (alarm, what) in [(place::DAMAGED, What::Damaged), ("sync-failed", What::Missing)] {
+            match here.iter().find_map(|told| told.summary(what)) {
+                Some(reason) => context.alarms.raise(alarm, name.as_str(), reason),
+                None if failed || here.is_empty() => {}
+                None if what == What::Damaged && damage.contains_key(name) => {}
+                None => context.alarms.clear(alarm, name.as_str()),
+            }
+        }
     }
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    const SYSTEM: SystemId = SystemId::new(7);
-
-    fn wal(start: u64, end: u64, id: u8) -> ObjectName {
-        ObjectName::Wal {
-            system: SYSTEM,
-            branch: "00000001-01020304".parse().unwrap(),
-            range: LsnRange::new(Lsn::new(start), Lsn::new(end)),
-            id: ObjectId::from_bytes([id; 8]),
-        }
-    }
-
-    #[test]
-    fn copies_go_in_the_order_of_the_format() {
-        let snapshot = "20261122T020000Z-1f2e3d4c".parse().unwrap();
-        let names = [
-            ObjectName::Manifest { system: SYSTEM, snapshot },
-            ObjectName::Pack { system: SYSTEM, id: ObjectId::from_bytes([1; 8]) },
-            ObjectName::Begin { system: SYSTEM, snapshot },
-            "7/keys/00000000000000000000000000000000/0000000000000000".parse().unwrap(),
-        ];
-        let groups = missing(&BTreeSet::new(), &names.iter().cloned().collect());
-        let flat: Vec<ObjectName> = groups.concat();
-        assert_eq!(flat, names.into_iter().rev().collect::<Vec<_>>());
-    }
-
-    #[test]
-    fn superseded_pieces_do_not_come_back() {
-        let has: BTreeSet<_> = [wal(0, 100, 1)].into();
-        let all: BTreeSet<_> =
-            [wal(0, 100, 1), wal(0, 40, 2), wal(40, 100, 3), wal(100, 120, 4)].into();
-        assert_eq!(missing(&has, &all).concat(), [wal(100, 120, 4)]);
-    }
-
-    #[test]
-    fn an_index_that_a_larger_one_has_replaced_does_not_come_back() {
-        let index = |start: u64, end: u64| -> ObjectName {
-            let branch = "00000001-01020304".parse().unwrap();
-            let range = LsnRange::new(Lsn::new(start), Lsn::new(end));
-            ObjectName::WalIndex { system: SYSTEM, branch, range, id: ObjectId::random() }
-        };
-        let has: BTreeSet<_> = [index(0, 16)].into();
-        let all: BTreeSet<_> = has.iter().cloned().chain([index(0, 4), index(16, 20)]).collect();
-        let lacked = missing(&has, &all).concat();
-        assert!(
-            matches!(lacked[..], [ObjectName::WalIndex { range, .. }] if range.end == Lsn::new(20))
-        );
-    }
-
-    #[test]
-    fn pieces_go_when_their_span_is_there() {
-        let names: BTreeSet<_> =
-            [wal(0, 100, 1), wal(0, 40, 2), wal(40, 100, 3), wal(100, 120, 4)].into();
-        let gone = vec![wal(0, 40, 2), wal(40, 100, 3)];
-        assert_eq!(superseded(&names), [(wal(0, 100, 1), gone)]);
-        let equal: BTreeSet<_> = [wal(16, 32, 1), wal(16, 32, 2), wal(20, 40, 3)].into();
-        assert_eq!(superseded(&equal), [], "of equal ranges none goes, nor what reaches further");
-    }
-
-    #[test]
-    fn a_hole_is_filled() {
-        let has: BTreeSet<_> = [wal(0, 40, 1), wal(60, 100, 2)].into();
-        let all: BTreeSet<_> = has.iter().cloned().chain([wal(30, 70, 3)]).collect();
-        assert_eq!(missing(&has, &all).concat(), [wal(30, 70, 3)]);
-    }
-}
+mod tests;

@@ -54,12 +54,24 @@ impl Writer {
         result
     }
 
-    /// Makes the wraps of an epoch known that another agent, or this one before it lost its state, has stored
-    /// at `from`: objects that are sealed under it can then be copied.
-    pub async fn learn_wraps(&self, epoch: EpochId, from: &Location) -> Result<()> {
-        if self.epochs.wraps(epoch).is_ok() {
-            return Ok(());
+    /// Makes the wraps of an epoch known that another agent, or this one before it lost its state, has stored: those of
+    /// the first of `sources`, or else of the location itself, that has any. Objects that are sealed under it can then be copied.
+    pub async fn learn_wraps(&self, epoch: EpochId, sources: &[&Location]) -> Result<()> {
+        let mut fault = None;
+        for from in sources.iter().copied().chain([&self.location]) {
+            if self.epochs.wraps(epoch).is_ok() {
+                return Ok(());
+            }
+            // Another may have them.
+            fault = self.keep_wraps(epoch, from).await.err().or(fault);
         }
+        self.epochs.wraps(epoch).map(drop).map_err(|_| {
+            let reason = format!("no location that answers holds the wraps of epoch {epoch}");
+            fault.unwrap_or_else(|| Error::new(Kind::Key, reason))
+        })
+    }
+
+    async fn keep_wraps(&self, epoch: EpochId, from: &Location) -> Result<()> {
         for listed in from.list(&folder::epoch(self.expected.1, epoch)).await? {
             let Some(name @ ObjectName::Wrap { .. }) = listed.name else { continue };
             // Anybody who may write to the store can put junk beside a good wrap: it is passed by.

@@ -10,12 +10,14 @@
 
 pub mod begin;
 pub mod filemap;
+pub mod hashes;
 pub mod manifest;
 pub mod packs;
 pub mod table;
 
 pub use begin::Begin;
 pub use filemap::{BytesRef, FileMap, FrameRef, Run};
+pub use hashes::page_hashes;
 pub use manifest::{Manifest, ManifestPlain, PackEntry, Root, Tablespace};
 pub use table::{Content, FileEntry, FileKind, TablePart};
 

@@ -27,21 +27,19 @@ impl Binaries {
             "/usr/local/pgsql/bin".to_string(),
         ];
         let places = std::env::split_paths(&path).chain(packaged.iter().map(PathBuf::from));
-        let found: Vec<Binaries> = places.filter_map(|dir| Binaries::look(&dir).ok()).collect();
-        let others: Vec<String> =
-            found.iter().map(|f| format!("{} in {}", f.version, f.dir.display())).collect();
-        found.into_iter().find(|binaries| binaries.major == major).ok_or_else(|| {
-            let others = if others.is_empty() {
-                String::new()
-            } else {
-                format!("; found {}", others.join(", "))
-            };
-            Error::new(
-                Kind::Postgres,
-                format!("PostgreSQL {major}, which was backed up, is not on this host{others}"),
-            )
-            .remedy(format!("install PostgreSQL {major}, or say where it is with --pg-bin DIR"))
-        })
+        let mut others = String::new();
+        // Each is asked by being run, so not longer than until one fits.
+        for found in places.filter_map(|dir| Binaries::look(&dir).ok()) {
+            if found.major == major {
+                return Ok(found);
+            }
+            let start = if others.is_empty() { "; found" } else { "," };
+            others += &format!("{start} {} in {}", found.version, found.dir.display());
+        }
+        let reason =
+            format!("PostgreSQL {major}, which was backed up, is not on this host{others}");
+        Err(Error::new(Kind::Postgres, reason)
+            .remedy(format!("install PostgreSQL {major}, or say where it is with --pg-bin DIR")))
     }
 
     fn look(dir: &Path) -> Result<Binaries> {

@@ -32,7 +32,7 @@ pub const IN_FLIGHT: usize = 8;
 /// A request asks for at most this many bytes, unless one frame is larger.
 const CHUNK_BYTES: u64 = 8 << 20;
 /// And for frames of no more bytes than this when they are opened, so that the last requests are shared out evenly.
-const CHUNK_PLAIN_BYTES: u64 = 64 << 20;
+pub const CHUNK_PLAIN_BYTES: u64 = 64 << 20;
 /// Bytes between two wanted frames that are read along rather than asked for with another request.
 const GAP_BYTES: u64 = 256 << 10;
 
@@ -52,8 +52,12 @@ impl<J> Chunk<J> {
     }
 }
 
-/// Gathers what is wanted of each frame, and frames that lie near each other into one request.
-pub fn group<W>(wanted: impl IntoIterator<Item = (FrameRef, W)>) -> Vec<Chunk<Vec<W>>> {
+/// Gathers what is wanted of each frame, and frames that lie near each other into one request, for at most `plain_max` bytes
+/// when they are opened.
+pub fn group<W>(
+    wanted: impl IntoIterator<Item = (FrameRef, W)>,
+    plain_max: u64,
+) -> Vec<Chunk<Vec<W>>> {
     let mut frames: BTreeMap<(ObjectId, u64, u32), (FrameSpan, Vec<W>)> = BTreeMap::new();
     for (frame, want) in wanted {
         let key = (frame.pack, frame.span.offset, frame.span.number);
@@ -63,7 +67,7 @@ pub fn group<W>(wanted: impl IntoIterator<Item = (FrameRef, W)>) -> Vec<Chunk<Ve
     let mut room = Room::default();
     for ((pack, ..), (span, wants)) in frames {
         match chunks.last_mut() {
-            Some(chunk) if chunk.pack == pack && room.takes(&span) => {
+            Some(chunk) if chunk.pack == pack && room.takes(&span, plain_max) => {
                 chunk.frames.push((span, wants));
             }
             _ => {
@@ -86,10 +90,10 @@ struct Room {
 }
 
 impl Room {
-    fn takes(&self, span: &FrameSpan) -> bool {
+    fn takes(&self, span: &FrameSpan, plain_max: u64) -> bool {
         span.offset <= self.end + GAP_BYTES
             && span.offset + u64::from(span.sealed_bytes) - self.start <= CHUNK_BYTES
-            && self.plain_bytes + u64::from(span.plain_bytes) <= CHUNK_PLAIN_BYTES
+            && self.plain_bytes + u64::from(span.plain_bytes) <= plain_max
     }
 }
 
@@ -231,7 +235,7 @@ impl Packs {
             let read = read.clone();
             Arc::new(move |places: &Vec<Place>, plain: &[u8]| fill(&read, places, plain))
         };
-        stream::iter(group(places).into_iter().map(Ok))
+        stream::iter(group(places, CHUNK_PLAIN_BYTES).into_iter().map(Ok))
             .try_for_each_concurrent(IN_FLIGHT, |chunk| self.process(chunk, fill.clone()))
             .await?;
         let mut read = read.lock().expect("no panic while held");
@@ -405,7 +409,7 @@ mod tests {
             (frame(1, 1, 1200, 1000), "b again"),
             (frame(1, 9, 2200 + GAP_BYTES + 1, 1000), "too far"),
         ];
-        let chunks = group(wanted);
+        let chunks = group(wanted, CHUNK_PLAIN_BYTES);
         let shown = chunks.iter().map(|chunk| {
             let wants: Vec<String> = chunk.frames.iter().map(|(_, w)| w.join(",")).collect();
             (chunk.pack.as_bytes()[0], chunk.range(), wants.join(" "))
@@ -422,14 +426,17 @@ mod tests {
     #[test]
     fn requests_are_bounded() {
         let wanted = (0..64).map(|n| (frame(1, n, u64::from(n) << 20, 1 << 20), ()));
-        let chunks = group(wanted);
+        let chunks = group(wanted, CHUNK_PLAIN_BYTES);
         assert_eq!(chunks.len(), 8);
         assert!(chunks.iter().all(|c| c.range().end - c.range().start <= CHUNK_BYTES));
     }
 
     #[test]
     fn requests_for_what_compresses_well_are_bounded_too() {
-        let chunks = group((0..200).map(|n| (frame(1, n, u64::from(n) * 1000, 1000), ())));
+        let chunks = group(
+            (0..200).map(|n| (frame(1, n, u64::from(n) * 1000, 1000), ())),
+            CHUNK_PLAIN_BYTES,
+        );
         let frames: Vec<usize> = chunks.iter().map(|chunk| chunk.frames.len()).collect();
         assert_eq!(frames, [64, 64, 64, 8], "64 MiB each");
     }

@@ -1,17 +1,18 @@
 //! A snapshot's files, written to their places.
 //!
 //! ```text
-//! root ─► table parts ─► batches of files ─► file maps ─► chunks of frames ─► pages at their places
+//! root ─► table parts ─► batches of files ─► file maps ─► chunks of frames ─► parts of files ─► their places
 //! ```
 //!
-//! What always holds: each byte written has passed its authentication tag; memory is bounded by the batch and the requests
-//! under way, not by the database; `global/pg_control` is written last, after all else is on disk, so that a
+//! What always holds: each byte written has passed its authentication tag; memory is bounded by the batch, the requests
+//! under way, and 256 MiB of parts that wait for their pages (`gather`), not by the database; `global/pg_control` is written last, after all else is on disk, so that a
 //! directory without it was not finished. Where files are already, left by an interrupted attempt or by the cluster that is
 //! restored over, `pg_control` goes first of all; then each page that equals its sealed hash is kept, the others are
 //! written, and files that the snapshot does not have are removed. A crash at any point leaves what the next attempt
 //! judges in the same way.
 
 mod batch;
+mod gather;
 mod kept;
 mod owned;
 mod target;
@@ -28,6 +29,7 @@ use backstay_common::snapshot::{FileEntry, Manifest, TablePart};
 use backstay_common::{Context, Result};
 use batch::{Batch, Write};
 use futures::{StreamExt, TryStreamExt, stream};
+use gather::Room;
 use kept::Local;
 use std::collections::HashSet;
 use std::fs::File;
@@ -94,7 +96,7 @@ impl Materialize<'_> {
     pub async fn run(&self) -> Result<Materialized> {
         self.prepare()?;
         let state = Arc::new(Mutex::new(State::default()));
-        let work = self.writer();
+        let (work, room) = (self.writer(), Arc::default());
         let batches = stream::iter(&self.manifest.root.table)
             .then(|part| self.packs.read_all_of(part))
             .map(|bytes| cbor::decode::<TablePart>(&bytes?))
@@ -102,12 +104,13 @@ impl Materialize<'_> {
             .map_ok(|batches| stream::iter(batches.into_iter().map(Ok)))
             .try_flatten();
         let chunks = batches
-            .and_then(|files| self.plan(files, &state))
+            .and_then(|files| self.plan(files, &state, &room))
             .map_ok(|batch| stream::iter(batch.chunks.into_iter().map(Ok)))
             .try_flatten();
         chunks
             .try_for_each_concurrent(IN_FLIGHT, |chunk| self.packs.process(chunk, work.clone()))
             .await?;
+        room.check_empty()?;
         let state = std::mem::take(&mut *state.lock().expect("no panic while held"));
         self.finish(state).await
     }
@@ -140,7 +143,12 @@ impl Materialize<'_> {
     }
 
     /// Makes the directories and empty files of a batch, and finds the frames of the others.
-    async fn plan(&self, files: Vec<FileEntry>, state: &Arc<Mutex<State>>) -> Result<Batch> {
+    async fn plan(
+        &self,
+        files: Vec<FileEntry>,
+        state: &Arc<Mutex<State>>,
+        room: &Arc<Room>,
+    ) -> Result<Batch> {
         let mut files = files;
         files.retain(|file| !NOT_RESTORED.contains(&file.path.as_str()));
         let files = self.set_control_file_aside(files, state);
@@ -155,7 +163,7 @@ impl Materialize<'_> {
         let is_ours = |(_, local): &&(FileEntry, Local)| *local != Local::Foreign;
         let bytes: u64 = files.iter().filter(is_ours).map(|(file, _)| file.size).sum();
         let batch =
-            Batch::plan(files, self.layout, self.owner, self.packs, root.page_bytes).await?;
+            Batch::plan(files, self.layout, self.owner, self.packs, room, root.page_bytes).await?;
         let kept_bytes = bytes.saturating_sub(batch.bytes());
         self.progress.advance(kept_bytes);
         let done = &mut state.lock().expect("no panic while held").done;
@@ -181,14 +189,20 @@ impl Materialize<'_> {
         Arc::new(move |writes: &Vec<Write>, plain: &[u8]| {
             let mut pen: Option<Pen<'_>> = None;
             for write in writes {
+                let bytes = part(plain, write.at, write.bytes)?;
+                progress.advance(write.bytes);
+                if let Some((_, part)) = &write.part
+                    && part.take(bytes, write.offset)?
+                {
+                    continue;
+                }
                 let target = &*write.target;
                 let mut held = match pen.take() {
                     Some(pen) if std::ptr::eq(pen.target, target) => pen,
                     _ => target.pen(),
                 };
-                held.write(part(plain, write.at, write.bytes)?, write.offset)?;
+                held.write(bytes, write.offset)?;
                 pen = Some(held);
-                progress.advance(write.bytes);
             }
             Ok(())
         })
@@ -207,11 +221,14 @@ impl Materialize<'_> {
         let control_path = root.join(CONTROL_FILE);
         done.files += state.control.len() as u64;
         let control = state.control.into_iter().map(|file| (file, Local::Absent)).collect();
-        let batch = Batch::plan(control, self.layout, self.owner, self.packs, page_bytes).await?;
+        let room = Arc::default();
+        let batch =
+            Batch::plan(control, self.layout, self.owner, self.packs, &room, page_bytes).await?;
         let work = self.writer();
         for chunk in batch.chunks {
             self.packs.process(chunk, work.clone()).await?;
         }
+        room.check_empty()?;
         let control = File::open(&control_path).context("open the restored global/pg_control")?;
         control.sync_all().context("sync global/pg_control")?;
         sync_directory(&root.join("global"))?;

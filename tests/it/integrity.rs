@@ -2,10 +2,10 @@
 //! and never reaches PostgreSQL.
 
 use crate::folder;
-use crate::site::{LOCATIONS, PATIENCE, Site, restore};
+use crate::site::{LOCATIONS, PATIENCE, Site, restore, stored};
 use anyhow::{Context, Result, ensure};
 use backstay_common::id::ObjectId;
-use backstay_common::lsn::LsnRange;
+use backstay_common::lsn::{Lsn, LsnRange};
 use backstay_common::name::ObjectName;
 use backstay_tests::ledger::Target;
 use backstay_tests::major::Major;
@@ -272,6 +272,9 @@ async fn a_planted_name(scene: &Scene, major: Major) -> Result<()> {
         alarms.iter().any(|alarm| alarm["name"] == "object-damaged" && alarm["subject"] == "near")
     };
     site.agent.wait_until("an alarm names the location", PATIENCE, raised).await?;
+    let listed = |status: &Value| stored(status).is_ok_and(|stored| stored[0] > Lsn::INVALID);
+    let status = site.agent.wait_until("the location was listed", PATIENCE, listed).await?;
+    ensure!(stored(&status)?[0] < range.end, "the frontier believes the name: {status}");
     ensure!(near.join(piece).exists(), "{piece} is gone");
     std::fs::remove_file(&planted)?;
     site.agent.terminate(PATIENCE).await?;

@@ -17,6 +17,7 @@
 //! | `kill` | agent and server killed at any moment, state lost |
 //! | `snapshots` | snapshots that refer to each other: right, and at the cost of what changed |
 //! | `s3` | the same over S3, with faults and refusing locations |
+//! | `sync` | locations that differ: found, named, made equal |
 //! | `index` | indexes of WAL, and what requests a location gets |
 //! | `schedules` | random schedules of kills, promotions and faults: nothing acknowledged is ever missing |
 //! | `integrity` | damaged, missing and swapped objects, wrong keys and clusters |
@@ -50,6 +51,7 @@ mod site;
 mod snapshots;
 mod status;
 mod stores;
+mod sync;
 mod synchronous;
 mod tidy;
 mod tls;

@@ -37,7 +37,7 @@ pub fn with_bucket(configuration: Configuration, bucket: &Bucket, name: &str) ->
 }
 
 /// Objects of one location, by their names.
-fn objects(bucket: &Bucket, name: &str) -> BTreeMap<String, Bytes> {
+pub fn objects(bucket: &Bucket, name: &str) -> BTreeMap<String, Bytes> {
     let prefix = format!("{name}/");
     let all = bucket.objects().into_iter();
     all.filter_map(|(key, bytes)| Some((key.strip_prefix(&prefix)?.to_owned(), bytes))).collect()

@@ -28,6 +28,9 @@ struct Taken {
     parent: Option<String>,
     stored: u64,
     corrupt: u64,
+    database: u64,
+    read: u64,
+    changed: u64,
 }
 
 async fn take(site: &Site<'_>) -> Result<Taken> {
@@ -39,6 +42,9 @@ async fn take(site: &Site<'_>) -> Result<Taken> {
     Ok(Taken {
         id: text("id").context("the snapshot's name")?,
         parent: text("parent"),
+        database: number("database_bytes")?,
+        read: number("read_bytes")?,
+        changed: number("changed_bytes")?,
         stored: number("stored_bytes")?,
         corrupt: number("corrupt_pages")?,
     })
@@ -55,7 +61,10 @@ async fn what_a_snapshot_costs(scene: &Scene, major: Major) -> Result<()> {
     site.cluster.sql("VACUUM").await?;
     site.cluster.sql("CHECKPOINT").await?;
     let first = take(&site).await?;
+    let bulk: u64 = site.cluster.value("SELECT pg_relation_size('bulk')").await?.parse()?;
+    ensure!(first.changed >= bulk && first.read >= first.changed, "{bulk} are new: {first:?}");
     let second = take(&site).await?;
+    ensure!(second.changed < UNCHANGED_BYTES_MAX, "unchanged: {second:?}");
     ensure!(second.stored < UNCHANGED_BYTES_MAX, "unchanged: {second:?}");
     ensure!(second.parent.as_deref() == Some(first.id.as_str()), "{second:?} after {}", first.id);
 
@@ -78,6 +87,9 @@ async fn what_a_snapshot_costs(scene: &Scene, major: Major) -> Result<()> {
         let taken = take(&site).await.with_context(|| format!("the cache is {name}"))?;
         ensure!(taken.parent.as_deref() == Some(&last), "{name}: {taken:?} after {last}");
         ensure!(taken.stored < LITTLE_BYTES_MAX, "{name}: {taken:?}");
+        // Nine rows, and where their new versions lie.
+        ensure!((2 * 8192..bulk / 2).contains(&taken.changed), "{name}: {taken:?}");
+        ensure!((bulk..=taken.database).contains(&taken.read), "{name}: {taken:?}");
         last = taken.id;
         let again = take(&site).await?;
         ensure!(again.stored < UNCHANGED_BYTES_MAX, "after {name}: {again:?}");

@@ -11,6 +11,7 @@ mod session;
 mod standby;
 
 pub use create::Builder;
+use process::works_in;
 pub use process::{is_alive, kill_tree};
 pub(crate) use session::explain;
 pub use session::{Address, Session};
@@ -216,11 +217,24 @@ impl Cluster {
     pub fn kill(&mut self) -> Result<()> {
         let pid = self.pid().context("no server runs")?;
         let outcome = kill_tree(pid, PATIENCE);
+        self.free_shared_memory();
         if let Some(Server::Ours(child)) = &mut self.server {
             child.wait()?;
         }
         self.server = None;
         outcome
+    }
+
+    /// A server that is killed leaves a segment of System V shared memory to the next on its data directory. Here there may
+    /// be none, and a machine has few thousand.
+    fn free_shared_memory(&self) {
+        let file = std::fs::read_to_string(self.data.join("postmaster.pid")).unwrap_or_default();
+        // "src/include/utils/pidfile.h": the key and the number of the segment.
+        let segment = file.lines().nth(6).and_then(|line| line.split_whitespace().nth(1));
+        if let Some(segment) = segment {
+            // What is not freed is only left.
+            let _ = Command::new("ipcrm").arg("-m").arg(segment).stderr(Stdio::null()).status();
+        }
     }
 
     /// Kills the server if it runs and removes its data directory: the accident.
@@ -247,7 +261,7 @@ impl Cluster {
         match &mut self.server {
             None => false,
             Some(Server::Ours(child)) => matches!(child.try_wait(), Ok(None)),
-            Some(Server::Found(pid)) => is_alive(*pid),
+            Some(Server::Found(pid)) => is_alive(*pid) && works_in(*pid, &self.data),
         }
     }
 

@@ -77,6 +77,11 @@ impl Amount {
         self.objects += 1;
         self.bytes += bytes;
     }
+
+    pub fn join(&mut self, other: Amount) {
+        self.objects += other.objects;
+        self.bytes += other.bytes;
+    }
 }
 
 impl fmt::Display for Amount {

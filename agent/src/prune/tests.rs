@@ -3,11 +3,13 @@ use super::*;
 use backstay_common::id::{BranchId, EpochId, ObjectId, SnapshotId};
 use backstay_common::location::Listed;
 use backstay_common::lsn::{Lsn, SPAN_BYTES};
+use backstay_common::name::ObjectName;
 use backstay_common::origin::{Beginnings, Origin};
 use backstay_common::seal::Sealed;
 use backstay_common::segment::TimelineId;
 use backstay_common::snapshot::{Begin, Manifest, ManifestPlain, PackEntry, Root};
 use bytes::Bytes;
+use std::collections::BTreeSet;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
 

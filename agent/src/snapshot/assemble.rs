@@ -325,7 +325,8 @@ impl Assembler {
         let file = self.next_number;
         let (path, is_folder, known, stat) = (path.to_string(), false, None, None);
         self.begin(Begun { path, mode, is_folder, parts: 1, known, stat }).await?;
-        self.meter.read(size.into());
+        self.meter.done(size.into());
+        self.meter.read(size.into(), size.into());
         let held = Held { file, first_page: 0, pages: (hashes.len() / 8) as u32, at: 0 };
         let (usage, holds, chunk) = (FrameUse::Small, vec![held], self.cache.chunk(&hashes));
         self.packed(Packed { usage, frame, hashes: hashes.clone(), holds }).await?;

@@ -5,11 +5,11 @@
 
 use super::parent::{self, Parent};
 use super::ship::{Fleet, Lane, Parcel, patiently, put_patiently};
+use crate::copy::{self, Expected};
 use crate::wal::WalStatus;
 use backstay_common::id::{Branch, LocationName};
 use backstay_common::lsn::{Lsn, LsnRange, covered_until};
 use backstay_common::name::{ObjectName, folder};
-use backstay_common::seal::Header;
 use backstay_common::segment::TimelineId;
 use backstay_common::snapshot::{ManifestPlain, PackEntry};
 use backstay_common::{Context, Error, Kind, Result};
@@ -136,35 +136,24 @@ impl Commit<'_> {
 
     async fn copy(&self, entry: &PackEntry, to: &Lane) -> Result<()> {
         let name = entry.name(self.plain.system);
-        let reason = format!("no location that was not left behind has {name}");
-        let mut fault = Error::new(Kind::Storage, reason);
+        let mut sources = Vec::new();
         for from in self.fleet.lanes().iter().filter(|from| from.name() != to.name()) {
             from.settled().await;
-            if from.left_behind().is_some() {
-                continue;
-            }
-            let bytes = patiently(|| from.writer().location().get(&name)).await;
-            let checked = bytes.and_then(|bytes| {
-                Header::check(&bytes, &name)?;
-                match bytes.ends_with(&entry.hash) {
-                    true => Ok(bytes),
-                    false => Err(Error::new(
-                        Kind::Corrupt,
-                        format!("{name} at {} is another", from.name()),
-                    )),
-                }
-            });
-            match (checked, self.plain.epochs.get(entry.epoch as usize)) {
-                (Ok(bytes), Some(epoch)) => {
-                    to.writer().learn_wraps(*epoch, from.writer().location()).await?;
-                    return put_patiently(to.writer(), &Parcel::new(name, *epoch, bytes, None))
-                        .await;
-                }
-                (Err(error), _) => fault = error,
-                (_, None) => return Err(Error::new(Kind::Bug, "a pack's epoch is not listed")),
+            if from.left_behind().is_none() {
+                sources.push(from.writer().location());
             }
         }
-        Err(fault)
+        let fetch = async || {
+            copy::fetch(&name, &sources, Some(Expected::from(entry)), &mut Vec::new()).await
+        };
+        let whole = match sources.is_empty() {
+            false => patiently(fetch).await?,
+            true => {
+                let reason = format!("no location that was not left behind has {name}");
+                return Err(Error::new(Kind::Storage, reason));
+            }
+        };
+        patiently(|| copy::store(to.writer(), &whole, &sources)).await.map(drop)
     }
 
     /// Waits until the WAL that the snapshot needs is listed, as long as it keeps coming.

@@ -160,7 +160,7 @@ impl Cutter {
             let parts = parts.map(skipped).collect::<Result<Vec<Part>>>()?;
             self.links.messages.blocking_send(Message::Read(parts)).map_err(|_| given_up())?;
         }
-        self.links.meter.read(size);
+        self.links.meter.done(size);
         Ok(())
     }
 

@@ -163,7 +163,7 @@ impl Differ {
         hashes: Vec<u8>,
         holds: Vec<Held>,
     ) -> Result<()> {
-        let frame = tight(Frame::pack(&mut self.packer, plain)?);
+        let frame = Frame::pack(&mut self.packer, plain)?;
         self.send(Message::Packed(Packed { usage, frame, hashes, holds }))
     }
 }
@@ -175,10 +175,4 @@ impl Gather {
         self.hashes.extend_from_slice(hashes);
         self.holds.push(Held { file, first_page, pages, at });
     }
-}
-
-/// The compressor reserves for the worst case, which frames that wait in a pack would hold on to.
-pub fn tight(mut frame: Frame) -> Frame {
-    frame.bytes.shrink_to_fit();
-    frame
 }

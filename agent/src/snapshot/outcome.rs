@@ -82,6 +82,10 @@ pub struct SnapshotOutcome {
     /// Where it is not committed, and why.
     pub pending: Vec<(LocationName, String)>,
     pub database_bytes: u64,
+    /// Bytes that were read of its files, or came over the network: files that are known to be unchanged are not read.
+    pub read_bytes: u64,
+    /// Bytes of the pages that are not as the parent has them; without a parent, of all.
+    pub changed_bytes: u64,
     pub stored_bytes: u64,
     pub seconds: f64,
     pub corrupt_pages: u64,
@@ -94,13 +98,12 @@ impl fmt::Display for SnapshotOutcome {
         let committed: Vec<&str> = self.committed.iter().map(LocationName::as_str).collect();
         writeln!(f, "snapshot {} taken in {:.1} s", self.id, self.seconds)?;
         writeln!(f, "  start {}, consistent from {}", self.start, self.stop)?;
-        let (database, stored) = (mib(self.database_bytes), mib(self.stored_bytes));
-        match self.parent {
-            Some(parent) => {
-                writeln!(f, "  {database:.1} MiB compared with {parent}, {stored:.1} MiB stored")?
-            }
-            None => writeln!(f, "  {database:.1} MiB read, {stored:.1} MiB stored")?,
+        let (database, read) = (mib(self.database_bytes), mib(self.read_bytes));
+        let (changed, stored) = (mib(self.changed_bytes), mib(self.stored_bytes));
+        if let Some(parent) = self.parent {
+            writeln!(f, "  {database:.1} MiB compared with {parent}, {changed:.1} MiB changed")?;
         }
+        writeln!(f, "  {read:.1} MiB read, {stored:.1} MiB stored")?;
         write!(f, "  committed at {}", committed.join(", "))?;
         for (location, reason) in &self.pending {
             write!(f, "\n  NOT committed at {location}: {reason}")?;

@@ -14,6 +14,8 @@ const LOGGED_EVERY: Duration = Duration::from_secs(10);
 pub struct Meter {
     told: watch::Sender<SnapshotProgress>,
     bytes_done: AtomicU64,
+    read_bytes: AtomicU64,
+    changed_bytes: AtomicU64,
     files_done: AtomicU64,
     stored_bytes: AtomicU64,
 }
@@ -26,7 +28,14 @@ impl Meter {
             ..SnapshotProgress::default()
         });
         let zero = AtomicU64::default;
-        Meter { told, bytes_done: zero(), files_done: zero(), stored_bytes: zero() }
+        Meter {
+            told,
+            bytes_done: zero(),
+            read_bytes: zero(),
+            changed_bytes: zero(),
+            files_done: zero(),
+            stored_bytes: zero(),
+        }
     }
 
     pub fn expect(&self, files: u64, bytes: u64) {
@@ -38,8 +47,23 @@ impl Meter {
         self.tell();
     }
 
-    pub fn read(&self, bytes: u64) {
+    /// So many bytes of the database are done, whether they had to be read or not.
+    pub fn done(&self, bytes: u64) {
         self.bytes_done.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    /// So many bytes were read, of which so many are not as the parent has them.
+    pub fn read(&self, bytes: u64, changed: u64) {
+        self.read_bytes.fetch_add(bytes, Ordering::Relaxed);
+        self.changed_bytes.fetch_add(changed, Ordering::Relaxed);
+    }
+
+    pub fn read_bytes(&self) -> u64 {
+        self.read_bytes.load(Ordering::Relaxed)
+    }
+
+    pub fn changed_bytes(&self) -> u64 {
+        self.changed_bytes.load(Ordering::Relaxed)
     }
 
     pub fn file(&self) {

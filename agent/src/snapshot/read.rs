@@ -15,7 +15,7 @@ mod aside;
 use super::assemble::{Doubt, Message, Part, PartState};
 use super::cache::{CacheWriter, Known};
 use super::cut::{Job, SMALL_BELOW, SmallFile, SmallSource, Source, Stretch};
-use super::diff::{self, Differ, tight};
+use super::diff::{self, Differ};
 use super::leftover::Leftover;
 use super::overlay::Stored;
 use super::pace::Pace;
@@ -25,7 +25,7 @@ use aside::read_full;
 use backstay_common::lsn::Lsn;
 use backstay_common::page::{self, PageState};
 use backstay_common::seal::{FRAME_BYTES_MAX, Frame, Packer};
-use backstay_common::snapshot::page_hash;
+use backstay_common::snapshot::{page_hash, page_hashes};
 use backstay_common::{Context, Error, Result};
 use std::fs::File;
 use std::io::{self, ErrorKind};
@@ -132,11 +132,12 @@ impl Reader {
         let plain = &mut self.buffer[..read];
         let known = file.known.as_deref();
         let compared = compare(&self.reading, plain, &pages, known, part)?;
-        let Compared { hashes, changed, doubts } = compared;
+        let Compared { hashes, changed, changed_bytes, doubts } = compared;
         let (reused, changed) = self.reuse(&file.path, first, &hashes, changed)?;
         let (file, plain) = (file.number, &self.buffer[..read]);
         self.differ.run(diff::Pages { file, first, plain, hashes: &hashes }, &changed)?;
-        self.meter.read(whole as u64);
+        self.meter.done(whole as u64);
+        self.meter.read(read as u64, changed_bytes);
         let state = if read == whole { PartState::Whole } else { PartState::Short };
         let (bytes, chunk) = (read as u32, self.cache.chunk(&hashes));
         Ok(Part { file, part, bytes, state, hashes, chunk, doubts, reused })
@@ -166,7 +167,7 @@ impl Reader {
     }
 
     fn small(&mut self, small: &SmallFile) -> Result<Part> {
-        self.meter.read(small.bytes as u64);
+        self.meter.done(small.bytes as u64);
         let number = small.number;
         debug_assert!((small.bytes as u64) < SMALL_BELOW);
         let buffer = &mut self.buffer[..small.bytes];
@@ -186,7 +187,8 @@ impl Reader {
         let plain = &mut self.buffer[..bytes];
         let known = small.known.as_deref();
         let compared = compare(&self.reading, plain, &pages, known, 0)?;
-        let Compared { hashes, changed, doubts } = compared;
+        let Compared { hashes, changed, changed_bytes, doubts } = compared;
+        self.meter.read(bytes as u64, changed_bytes);
         let is_same = known.is_some_and(|known| known.record.size == bytes as u64);
         let mut reused = Vec::new();
         if bytes > 0 && (!is_same || changed.contains(&true)) {
@@ -214,7 +216,10 @@ impl Reader {
 /// What a part of a file is, beside what the parent has of it.
 struct Compared {
     hashes: Vec<u8>,
+    /// For each page, whether it is to be stored.
     changed: Vec<bool>,
+    /// Of the pages that differ from the parent's.
+    changed_bytes: u64,
     doubts: Vec<Doubt>,
 }
 
@@ -226,8 +231,7 @@ fn compare(
     known: Option<&Known>,
     part: u32,
 ) -> Result<Compared> {
-    let mut hashes = Vec::with_capacity(plain.len().div_ceil(reading.page_bytes as usize) * 8);
-    reading.hash(plain, &mut hashes);
+    let mut hashes = reading.hash(plain);
     let old = known.map_or_else(|| Ok(Vec::new()), |known| known.hashes(part))?;
     let first = part * super::part_pages(reading.page_bytes);
     let is_sound = |n: usize| {
@@ -241,14 +245,17 @@ fn compare(
         hashes[n * 8..][..8].copy_from_slice(&page_hash(&reading.hash_key, page));
     }
     let changed = diff::changed(known, part, &old, &hashes);
-    Ok(Compared { hashes, changed, doubts: judged.doubts })
+    let pages = plain.chunks(reading.page_bytes as usize).zip(hashes.as_chunks::<8>().0);
+    let differs =
+        pages.enumerate().filter(|(n, (_, hash))| old.as_chunks().0.get(*n) != Some(hash));
+    let changed_bytes = differs.map(|(_, (page, _))| page.len() as u64).sum();
+    Ok(Compared { hashes, changed, changed_bytes, doubts: judged.doubts })
 }
 
 /// A file's bytes as one frame, for what is not read by a job.
 pub fn pack_whole(reading: &Reading, plain: &[u8]) -> Result<(Frame, Vec<u8>)> {
-    let mut hashes = Vec::new();
-    reading.hash(plain, &mut hashes);
-    Ok((tight(Frame::pack(&mut Packer::new(reading.level)?, plain)?), hashes))
+    let hashes = reading.hash(plain);
+    Ok((Frame::pack(&mut Packer::new(reading.level)?, plain)?, hashes))
 }
 
 /// Where the pages in a buffer come from.
@@ -262,10 +269,10 @@ struct Pages<'a> {
 }
 
 impl Reading {
-    fn hash(&self, file: &[u8], hashes: &mut Vec<u8>) {
-        for page in file.chunks(self.page_bytes as usize) {
-            hashes.extend_from_slice(&page_hash(&self.hash_key, page));
-        }
+    fn hash(&self, file: &[u8]) -> Vec<u8> {
+        let mut hashes = Vec::new();
+        page_hashes(&self.hash_key, file, self.page_bytes as usize, &mut hashes);
+        hashes.into_flattened()
     }
 
     /// Checks the checksums of a relation's pages but those that are known to be sound, and reads again those that are

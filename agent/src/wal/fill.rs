@@ -1,7 +1,6 @@
 //! Fills a location with what only another location has: WAL that the spool no longer holds.
 //!
-//! Objects are copied byte for byte, their trailers checked, and the wraps of their epochs before them. Only holes
-//! inside what the location has are filled: what is before its first object may have been pruned. It goes on in
+//! Objects are copied as [`copy`] does, and one that cannot be does not keep the others back. Only holes inside what the location has are filled: what is before its first object may have been pruned. It goes on in
 //! the background, object by object, and a restart begins it again from the listings.
 //!
 //! What always holds: until a location has all that precedes a line, as far as anybody has it, its share of the line counts for
@@ -11,8 +10,10 @@
 use super::WalPath;
 use super::branch::Stock;
 use super::line::Line;
+use crate::copy::{self, Whole};
 use crate::prune;
-use backstay_common::id::{Branch, EpochId};
+use crate::sync::superseded;
+use backstay_common::id::Branch;
 use backstay_common::line::{Past, line_of};
 use backstay_common::location::Location;
 use backstay_common::lsn::{Lsn, LsnRange, covered_until};
@@ -21,8 +22,10 @@ use backstay_common::seal::Header;
 use backstay_common::segment::parse_history;
 use backstay_common::snapshot::ManifestPlain;
 use backstay_common::snapshot::manifest::read_plain;
-use backstay_common::{Context, Error, Kind, Result};
+use backstay_common::{Error, Kind, Result};
 use bytes::Bytes;
+use std::cmp::Reverse;
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -145,7 +148,11 @@ async fn fill(
     branch: Branch,
     (from, until): (Option<Lsn>, Lsn),
 ) -> Result<Option<LsnRange>> {
-    let mut have = ranges(path, location, branch).await?;
+    let place = path.context.writers[location].location();
+    let there = objects(path, location, branch).await?;
+    // Pieces of before a restart, of which the shelf knows nothing.
+    superseded::delete(&path.context, place, &there.iter().map(|(_, n)| n.clone()).collect()).await;
+    let mut have: Vec<LsnRange> = there.into_iter().map(|(range, _)| range).collect();
     have.extend(from.map(|from| LsnRange::new(from, from)));
     if first_hole(&mut have, until).is_none() {
         return Ok(None);
@@ -155,17 +162,59 @@ async fn fill(
         let between = unneeded(needed.get(&branch).map_or(&[][..], Vec::as_slice), &have);
         have.extend(between);
     }
-    for other in (0..path.context.writers.len()).filter(|&other| other != location) {
-        let Ok(offered) = objects(path, other, branch).await else { continue };
-        for (range, name) in offered {
-            if range.start < until && fills(&have, range) {
-                copy(path, other, location, &name).await?;
+    let mut fault = None;
+    let mut filled = false;
+    for (name, sources) in offered(path, location, branch).await {
+        let ObjectName::Wal { range, .. } = name else { continue };
+        if range.start >= until || !fills(&have, range) {
+            continue;
+        }
+        match copy_one(path, location, &name, &sources).await {
+            Ok(()) => {
                 have.push(range);
+                filled = true;
                 tracing::info!(object = %name, "a hole was filled");
+            }
+            // Another object may fill the hole, or the next one.
+            Err(error) => {
+                tracing::warn!(%error, "a hole is not filled");
+                fault = Some(error);
             }
         }
     }
-    Ok(first_hole(&mut have, until))
+    if filled {
+        // Pieces, of which the shelf may know nothing any more.
+        let names = objects(path, location, branch).await?.into_iter().map(|(_, name)| name);
+        superseded::delete(&path.context, place, &names.collect()).await;
+    }
+    match (first_hole(&mut have, until), fault) {
+        (Some(_), Some(error)) => Err(error),
+        (hole, _) => Ok(hole),
+    }
+}
+
+async fn copy_one(
+    path: &WalPath,
+    to: usize,
+    name: &ObjectName,
+    sources: &[&Location],
+) -> Result<()> {
+    let writer = &path.context.writers[to];
+    let whole = copy::fetch(name, sources, None, &mut Vec::new()).await?;
+    path.context.strays.note(writer.location().name(), name);
+    copy::store(writer, &whole, sources).await.map(drop)
+}
+
+/// What the other locations have of the branch, and which of them has it; the longest first, so that no piece is
+/// copied whose span is there.
+async fn offered(path: &WalPath, to: usize, branch: Branch) -> Vec<(ObjectName, Vec<&Location>)> {
+    let mut offered: BTreeMap<(Lsn, Reverse<Lsn>, ObjectName), Vec<&Location>> = BTreeMap::new();
+    for (number, location) in others(path, to) {
+        for (range, name) in objects(path, number, branch).await.unwrap_or_default() {
+            offered.entry((range.start, Reverse(range.end), name)).or_default().push(location);
+        }
+    }
+    offered.into_iter().map(|((_, _, name), sources)| (name, sources)).collect()
 }
 
 /// What lies between `needed`, which is disjoint and sorted, after the first of `have`.
@@ -198,68 +247,24 @@ async fn objects(
 ) -> Result<Vec<(LsnRange, ObjectName)>> {
     let place = path.context.writers[location].location();
     let listed = place.list(&folder::branch(path.context.system, branch)).await?;
-    let mut found: Vec<(LsnRange, ObjectName)> = listed
-        .into_iter()
-        .filter_map(|object| match object.name {
-            Some(name @ ObjectName::Wal { range, .. }) => Some((range, name)),
-            _ => None,
-        })
-        .collect();
-    // The longest first, so that no piece is copied whose span is there.
-    found.sort_by_key(|(range, _)| (range.start, std::cmp::Reverse(range.end)));
-    Ok(found)
+    let wal = |name: Option<ObjectName>| match name {
+        Some(name @ ObjectName::Wal { range, .. }) => Some((range, name)),
+        _ => None,
+    };
+    Ok(listed.into_iter().filter_map(|object| wal(object.name)).collect())
 }
 
-async fn ranges(path: &WalPath, location: usize, branch: Branch) -> Result<Vec<LsnRange>> {
-    Ok(objects(path, location, branch).await?.into_iter().map(|(range, _)| range).collect())
-}
-
-async fn copy(path: &WalPath, from: usize, to: usize, name: &ObjectName) -> Result<()> {
-    let bytes = path.context.writers[from].location().get(name).await?;
-    store(path, to, name, bytes).await
-}
-
-/// Stores an object whoever sealed it: the wraps of its epoch go first, ours or copied from another location.
+/// Stores an object of ours, with the wraps of its epoch before it.
 pub async fn store(path: &WalPath, to: usize, name: &ObjectName, bytes: Bytes) -> Result<()> {
-    let header = Header::check(&bytes, name)?;
-    let writer = &path.context.writers[to];
-    match writer.put(name, header.epoch(), bytes.clone()).await {
-        Err(error) if error.kind() == Kind::Missing => {}
-        result => return result.map(drop),
-    }
-    copy_wraps(path, to, header.epoch()).await?;
-    writer.location().put(name, bytes).await.map(drop)
+    let whole = Whole { name: name.clone(), epoch: Header::check(&bytes, name)?.epoch(), bytes };
+    let sources: Vec<&Location> = others(path, to).map(|(_, location)| location).collect();
+    copy::store(&path.context.writers[to], &whole, &sources).await.map(drop)
 }
 
-async fn copy_wraps(path: &WalPath, to: usize, epoch: EpochId) -> Result<()> {
-    let target = path.context.writers[to].location();
-    let folder = folder::epoch(path.context.system, epoch);
-    let mut copied = !target.list(&folder).await?.is_empty();
-    for (_, writer) in path.context.writers.iter().enumerate().filter(|(n, _)| *n != to) {
-        match copy_wraps_from(writer.location(), target, &folder).await {
-            Ok(any) => copied |= any,
-            Err(error) => tracing::warn!(%error, "wraps cannot be copied from there"),
-        }
-    }
-    match copied {
-        true => Ok(()),
-        false => Err(Error::new(
-            Kind::Key,
-            format!("no location that answers holds the wraps of epoch {epoch}"),
-        )),
-    }
-}
-
-async fn copy_wraps_from(from: &Location, to: &Location, folder: &str) -> Result<bool> {
-    let mut any = false;
-    for listed in from.list(folder).await? {
-        let Some(name @ ObjectName::Wrap { .. }) = listed.name else { continue };
-        let bytes = from.get(&name).await?;
-        Header::check(&bytes, &name)?;
-        to.put(&name, bytes).await.context("copy an epoch's wrap")?;
-        any = true;
-    }
-    Ok(any)
+/// All locations but one, in the order of preference for reading.
+fn others(path: &WalPath, to: usize) -> impl Iterator<Item = (usize, &Location)> {
+    let all = path.context.writers.iter().map(|writer| writer.location()).enumerate();
+    all.filter(move |(number, _)| *number != to)
 }
 
 #[cfg(test)]

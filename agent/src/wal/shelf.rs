@@ -326,6 +326,11 @@ impl Shelf {
         self.entries.values().filter(|e| e.item.line == line).map(|e| e.item.range).collect()
     }
 
+    /// The ids of what is here of `line`.
+    pub fn ids(&self, line: u32) -> HashSet<ObjectId> {
+        self.entries.values().filter(|e| e.item.line == line).map(|e| e.item.id).collect()
+    }
+
     /// Objects that wait for `location` or are on their way, and since when the oldest of them does.
     pub fn backlog(&self, location: usize) -> (usize, Option<Instant>) {
         let open = self

@@ -9,8 +9,9 @@ use super::WalPath;
 use super::fill;
 use super::line::Line;
 use super::shelf::Item;
+use crate::sync::superseded;
 use backstay_common::head::Head;
-use backstay_common::id::{Branch, ObjectId};
+use backstay_common::id::{Branch, LocationName, ObjectId};
 use backstay_common::lsn::LsnRange;
 use backstay_common::name::{ObjectName, folder};
 use backstay_common::{Error, Kind, Result};
@@ -36,10 +37,13 @@ const TICK: Duration = Duration::from_secs(1);
 const DELETE_AGAIN_AFTER: Duration = Duration::from_secs(15);
 /// As many are deleted at once.
 const DELETE_BATCH: usize = 1000;
+/// Of the objects that somebody else stored where a line goes on, so many are opened before they are believed.
+const OPENED_MAX: usize = 64;
 /// More superseded pieces than this are left to sync, or to prune.
 const SUPERFLUOUS_MAX: usize = 10_000;
 
 type Sending = FuturesUnordered<BoxFuture<'static, (Arc<Item>, Result<()>)>>;
+/// At most one at a time.
 type Deleting = FuturesUnordered<BoxFuture<'static, (Vec<ObjectName>, Result<()>)>>;
 
 struct Shipper {
@@ -139,10 +143,42 @@ impl Shipper {
                 _ => None,
             })
             .collect();
+        let found = self.believed(line, found).await?;
         self.path.board.update(|s| s.shelf.listed(self.location, line.number, begin, &found));
         self.succeeded();
         fill::spawn(&self.path, self.location, line, branch);
         Ok(())
+    }
+
+    /// Without the objects that are not what their names say: the frontier would believe them. What is on the shelf is ours
+    /// by its id; the rest is opened, the newest if there are many.
+    async fn believed(
+        &self,
+        line: &Line,
+        mut found: Vec<(LsnRange, ObjectId)>,
+    ) -> Result<Vec<(LsnRange, ObjectId)>> {
+        let context = &self.path.context;
+        let location = context.writers[self.location].location();
+        let (system, Some(branch)) = (context.system, line.branch()) else { return Ok(found) };
+        let ours = self.path.board.read(|state| state.shelf.ids(line.number));
+        let foreign = found.iter().filter(|(_, id)| !ours.contains(id)).rev().take(OPENED_MAX);
+        let foreign: Vec<(LsnRange, ObjectId)> = foreign.copied().collect();
+        for (range, id) in foreign {
+            let name = ObjectName::Wal { system, branch, range, id };
+            let Err(error) = superseded::prove(context, location, &name).await else { continue };
+            match error.kind() {
+                Kind::Corrupt => {
+                    context.damage.note(&context.alarms, location.name(), &name, &error)
+                }
+                // A piece that its span has replaced meanwhile.
+                Kind::Missing => {}
+                // Without the key its trailer must do.
+                Kind::Key => continue,
+                _ => return Err(error),
+            }
+            found.retain(|one| *one != (range, id));
+        }
+        Ok(found)
     }
 
     /// Stores a branch's origin, with the wraps of its epoch before it.
@@ -179,6 +215,8 @@ impl Shipper {
                 tracing::trace!(location, range = %item.range, "stored");
                 let gone = self.path.board.update(|state| state.shelf.sent(location, item));
                 self.superfluous.extend(gone);
+                let strays = &self.path.context.strays;
+                self.superfluous.extend(strays.covered(&self.place(), &item.name()));
                 self.last_stored = Instant::now();
                 self.succeeded();
             }
@@ -190,8 +228,12 @@ impl Shipper {
         }
     }
 
+    fn place(&self) -> LocationName {
+        self.path.context.writers[self.location].location().name().clone()
+    }
+
     fn subject(&self) -> String {
-        self.path.context.writers[self.location].location().name().to_string()
+        self.place().to_string()
     }
 
     fn succeeded(&mut self) {
@@ -229,7 +271,7 @@ impl Shipper {
         }
     }
 
-    /// Begins to delete pieces whose span is there, unless that is under way.
+    /// Begins to delete pieces whose span is there, whatever is being sent: on a busy server something always is.
     fn delete_superfluous(&mut self, deleting: &mut Deleting) {
         let waits = self.failures > 0 || self.delete_at > Instant::now();
         if waits || !deleting.is_empty() || self.superfluous.is_empty() {

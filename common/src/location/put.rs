@@ -129,7 +129,7 @@ impl Location {
                 Kind::Corrupt,
                 self.say("put", &path, "two contents under one name: other bytes are there"),
             )
-            .remedy("run `backstay verify` to find out which of the locations holds a bad copy")),
+            .remedy("run `backstay-agent sync --check --deep` to find out which of the locations holds a bad copy")),
         }
     }
 

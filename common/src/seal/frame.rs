@@ -39,8 +39,9 @@ impl Frame {
         assert!(plain.len() <= FRAME_BYTES_MAX, "a frame of {} bytes", plain.len());
         let plain_bytes = plain.len() as u32;
         let packed = packer.compress(plain)?;
+        // Frames wait in memory, and take no more of it than their bytes.
         Ok(match packed.len() < plain.len() - plain.len() / 20 {
-            true => Frame { codec: Codec::Zstd, plain_bytes, bytes: packed },
+            true => Frame { codec: Codec::Zstd, plain_bytes, bytes: packed.to_vec() },
             false => Frame { codec: Codec::Raw, plain_bytes, bytes: plain.to_vec() },
         })
     }
@@ -96,8 +97,12 @@ impl FrameSpan {
     }
 }
 
-/// A reusable zstd compressor: one for each worker.
-pub struct Packer(zstd::bulk::Compressor<'static>);
+/// A reusable zstd compressor and its buffer: one for each worker.
+pub struct Packer {
+    context: zstd::bulk::Compressor<'static>,
+    /// Room for the worst case.
+    room: Vec<u8>,
+}
 
 impl std::fmt::Debug for Packer {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -108,11 +113,15 @@ impl std::fmt::Debug for Packer {
 impl Packer {
     /// `level` is zstd's: 1 to 19.
     pub fn new(level: i32) -> Result<Packer> {
-        zstd::bulk::Compressor::new(level).map(Packer).map_err(bug)
+        let context = zstd::bulk::Compressor::new(level).map_err(bug)?;
+        Ok(Packer { context, room: Vec::new() })
     }
 
-    fn compress(&mut self, plain: &[u8]) -> Result<Vec<u8>> {
-        self.0.compress(plain).map_err(bug)
+    fn compress(&mut self, plain: &[u8]) -> Result<&[u8]> {
+        self.room.clear();
+        self.room.reserve(zstd::zstd_safe::compress_bound(plain.len()));
+        self.context.compress_to_buffer(plain, &mut self.room).map_err(bug)?;
+        Ok(&self.room)
     }
 }
 

@@ -9,7 +9,7 @@ use crate::directory::OURS;
 use crate::layout::{Layout, TABLESPACES};
 use crate::owner::Owner;
 use backstay_common::pool;
-use backstay_common::snapshot::{FileDigest, FileEntry, FileKind, PageHash, Root, page_hash};
+use backstay_common::snapshot::{FileDigest, FileEntry, FileKind, PageHash, Root, page_hashes};
 use backstay_common::{Context, Result};
 use rayon::prelude::*;
 use std::collections::HashSet;
@@ -108,7 +108,9 @@ fn hashes_of(
         let offset = part as u64 * read_bytes as u64;
         buffer.resize((size - offset).min(read_bytes as u64) as usize, 0);
         file.read_exact_at(buffer, offset)?;
-        Ok(buffer.chunks(page_bytes).map(|page| page_hash(key, page)).collect())
+        let mut hashes = Vec::new();
+        page_hashes(key, buffer, page_bytes, &mut hashes);
+        Ok(hashes)
     };
     let parts: Vec<Vec<PageHash>> = parts.map_init(Vec::new, read).collect::<Result<_, _>>()?;
     Ok(parts.concat())

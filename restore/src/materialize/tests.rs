@@ -538,9 +538,15 @@ async fn a_path_that_leads_out_is_refused() {
         digest: None,
         content: Content::Empty,
     };
-    let refused =
-        Batch::plan(vec![(file, Local::Absent)], &layout, Owner::of_process(), &packs, PAGE as u32)
-            .await;
+    let refused = Batch::plan(
+        vec![(file, Local::Absent)],
+        &layout,
+        Owner::of_process(),
+        &packs,
+        &Arc::default(),
+        PAGE as u32,
+    )
+    .await;
     assert_eq!(refused.unwrap_err().kind(), Kind::Corrupt);
     assert!(!stored.folder.path().join("escaped").exists());
 }

@@ -2,6 +2,7 @@
 
 use anyhow::{Result, ensure};
 use rustix::process::{Pid, Signal, kill_process};
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 /// Kills a process and its children with SIGKILL and waits until they are gone.
@@ -25,6 +26,13 @@ pub fn kill_tree(parent: Pid, patience: Duration) -> Result<()> {
 /// False for one that has ended, also if nobody has asked for its exit status yet.
 pub fn is_alive(pid: Pid) -> bool {
     stat(pid.as_raw_nonzero().get()).is_some_and(|(state, _)| state != 'Z' && state != 'X')
+}
+
+/// True if the process works in `folder`, as a server does in its data directory. The kernel gives the number of one that has
+/// ended to another soon.
+pub fn works_in(pid: Pid, folder: &Path) -> bool {
+    let cwd = std::fs::read_link(format!("/proc/{}/cwd", pid.as_raw_nonzero()));
+    cwd.is_ok_and(|cwd| folder.canonicalize().is_ok_and(|folder| cwd == folder))
 }
 
 fn children(parent: Pid) -> Vec<Pid> {

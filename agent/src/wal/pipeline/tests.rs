@@ -51,6 +51,8 @@ fn path(state: &Path, policy: &str) -> Arc<WalPath> {
         segment_size: SegmentSize::DEFAULT,
         writers: Vec::new(),
         systems: Default::default(),
+        strays: Default::default(),
+        damage: Default::default(),
         alarms: Arc::default(),
         stop: CancellationToken::new(),
         settings,

@@ -1,0 +1,90 @@
+//! What a location lacks. Pure: names in, names out.
+
+use backstay_common::id::Branch;
+use backstay_common::lsn::LsnRange;
+use backstay_common::name::ObjectName;
+use std::collections::{BTreeMap, BTreeSet};
+
+/// Kinds of objects in the order of the format: what one needs is in an earlier group.
+pub const GROUPS: usize = 5;
+
+/// The group of an object; `None` for those that speak of one location.
+pub fn group(name: &ObjectName) -> Option<usize> {
+    match name {
+        ObjectName::Wrap { .. } | ObjectName::Lease { .. } => Some(0),
+        ObjectName::Origin { .. } | ObjectName::Begin { .. } | ObjectName::Pin { .. } => Some(1),
+        ObjectName::Pack { .. } | ObjectName::Wal { .. } | ObjectName::Gap { .. } => Some(2),
+        ObjectName::WalIndex { .. } => Some(3),
+        ObjectName::Manifest { .. } => Some(4),
+        ObjectName::Cluster
+        | ObjectName::Accepted { .. }
+        | ObjectName::Head { .. }
+        | ObjectName::Condemned { .. } => None,
+    }
+}
+
+/// True if the copies of an object are equal wherever it is. A lease is each location's own word, made there; one that lacks it
+/// takes another's.
+pub fn is_equal_everywhere(name: &ObjectName) -> bool {
+    group(name).is_some() && !matches!(name, ObjectName::Lease { .. })
+}
+
+/// What a location lacks of `all`, in groups that must be stored one after the other.
+///
+/// WAL counts as there if the location's own objects cover its range, and an index if a larger one does: pieces that a
+/// span has superseded do not come back.
+pub fn missing(has: &BTreeSet<ObjectName>, all: &BTreeSet<ObjectName>) -> Vec<Vec<ObjectName>> {
+    let covered = coverage(has);
+    let index = |name: &ObjectName| match name {
+        ObjectName::WalIndex { branch, range, .. } => Some((*branch, *range)),
+        _ => None,
+    };
+    let indexes: Vec<(Branch, LsnRange)> = has.iter().filter_map(index).collect();
+    let is_covered = |name: &ObjectName| match name {
+        ObjectName::WalIndex { branch, range, .. } => {
+            indexes.iter().any(|(of, larger)| of == branch && larger.covers(range))
+        }
+        ObjectName::Wal { branch, range, .. } => covers(&covered, *branch, *range),
+        _ => false,
+    };
+    let mut groups = vec![Vec::new(); GROUPS];
+    for name in all.difference(has).filter(|name| !is_covered(name)) {
+        if let Some(group) = group(name) {
+            groups[group].push(name.clone());
+        }
+    }
+    groups
+}
+
+/// The stretches of each branch that a location's objects cover without a hole.
+pub type Coverage = BTreeMap<Branch, Vec<LsnRange>>;
+
+pub fn coverage<'a>(names: impl IntoIterator<Item = &'a ObjectName>) -> Coverage {
+    let mut branches = Coverage::new();
+    // The order of names is by branch, then by start.
+    for name in names {
+        let ObjectName::Wal { branch, range, .. } = name else { continue };
+        let stretches = branches.entry(*branch).or_default();
+        match stretches.last_mut().filter(|last| range.start <= last.end) {
+            Some(last) => last.end = last.end.max(range.end),
+            None => stretches.push(*range),
+        }
+    }
+    branches
+}
+
+pub fn covers(covered: &Coverage, branch: Branch, range: LsnRange) -> bool {
+    covered.get(&branch).is_some_and(|ranges| ranges.iter().any(|there| there.covers(&range)))
+}
+
+/// Objects that have not the same size everywhere: one copy at least is not what it should be.
+pub fn unequal(listings: &[&BTreeMap<ObjectName, u64>]) -> BTreeSet<ObjectName> {
+    let mut sizes: BTreeMap<&ObjectName, u64> = BTreeMap::new();
+    let mut found = BTreeSet::new();
+    for (name, &size) in listings.iter().flat_map(|listing| listing.iter()) {
+        if is_equal_everywhere(name) && *sizes.entry(name).or_insert(size) != size {
+            found.insert(name.clone());
+        }
+    }
+    found
+}
