@@ -191,7 +191,7 @@ fn open(
     for line in &lines {
         // Only the last goes on; the others were ended, or would have been.
         if let Some(before) = current.take() {
-            Pipeline::finish(before)?;
+            Pipeline::end(before)?;
         }
         path.take_up(line, Lsn::INVALID);
         current = Some(Pipeline::open(path.clone(), line.clone())?);

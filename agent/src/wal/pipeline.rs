@@ -5,18 +5,17 @@
 //! are compared with those that are there. Nothing here outlives the process: a new pipeline decodes what the spool and
 //! the folder `sealed` hold, and goes on from there.
 
+mod room;
+
 use super::WalPath;
 use super::cut::{
     BEHIND_BYTES, COMMIT_PAUSE, Cut, GROUP_PIECES, Group, Rules, TAIL_BYTES_MAX, Uncut,
 };
 use super::line::Line;
-use super::release::release_oldest;
-use super::spool::is_no_space;
-use backstay_common::config::OnSpoolFull;
 use backstay_common::lsn::{Lsn, LsnRange, covered_until};
 use backstay_common::pgtime::PgTime;
 use backstay_common::wal::{DecodeError, Decoder, EventKind, Summary, WalVersion};
-use backstay_common::{Context, Error, Kind, Result};
+use backstay_common::{Error, Kind, Result};
 use bytes::Bytes;
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -24,10 +23,6 @@ use std::time::{Duration, Instant};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
-/// How long a full spool is left alone.
-const HOLD: Duration = Duration::from_millis(250);
-/// How long it must have been full before anything is given up.
-const RELEASE_PATIENCE: Duration = Duration::from_secs(5);
 /// Bytes read from the spool at once.
 const BLOCK_BYTES: u64 = 1 << 20;
 
@@ -179,7 +174,13 @@ impl Pipeline {
         self.cut_from = self.withheld.first().map_or(self.cut_from, |(before, _)| *before);
         self.withheld.clear();
         self.proven = self.proven.min(valid);
-        let from = span_before(self.cut_from.min(valid)).max(self.line.spool.begin());
+        self.decode_from_spool()
+    }
+
+    /// Forgets what the decoder has seen beyond the spool.
+    fn decode_from_spool(&mut self) -> Result<()> {
+        let spool = &self.line.spool;
+        let from = span_before(self.cut_from.min(spool.end())).max(spool.begin());
         self.decoder = decoder(&self.path, &self.line, from)?;
         (self.piece, self.span, self.span_first_record) = Default::default();
         self.group = Group::from(self.cut_from);
@@ -191,20 +192,42 @@ impl Pipeline {
         self.decoder.position().min(self.line.spool.end())
     }
 
-    /// Nothing more will come on this line: what is left is cut, and synced. Blocks.
+    /// The agent stops: what is left is cut, and synced. A restart goes on where the spool ends. Blocks.
     pub fn finish(mut self) -> Result<()> {
-        match self.withheld.first() {
-            // The beginning of a record that never came whole is no loss.
-            Some((before, cut)) if *before < self.proven => {
-                let range = LsnRange::new(*before, self.proven);
-                self.hand_over(Cut { range, ..cut.clone() });
-            }
-            _ => self.cut_piece()?,
-        }
+        self.cut_rest()?;
+        self.close()
+    }
+
+    /// Another line follows: what is left is cut, and what is no whole record goes, for it would wait for ever. Blocks.
+    pub fn end(mut self) -> Result<()> {
+        let end = self.cut_rest()?;
+        self.line.spool.truncate(end)?;
+        self.close()
+    }
+
+    fn close(self) -> Result<()> {
         self.line.spool.sync()?;
         self.line.end();
         self.path.board.ring();
         Ok(())
+    }
+
+    /// Returns up to where everything is cut.
+    fn cut_rest(&mut self) -> Result<Lsn> {
+        if self.decoder.position() > self.line.spool.end() {
+            // There was no room for what was decoded last.
+            self.decode_from_spool()?;
+        }
+        let Some((before, cut)) = self.withheld.first() else {
+            self.cut_piece()?;
+            return Ok(self.cut_from);
+        };
+        // The beginning of a record that never came whole is no loss.
+        if *before < self.proven {
+            let range = LsnRange::new(*before, self.proven);
+            self.hand_over(Cut { range, ..cut.clone() });
+        }
+        Ok(self.proven.max(*before))
     }
 
     /// Takes messages until the sender is gone or a fault, and then cuts what is left.
@@ -307,13 +330,18 @@ impl Pipeline {
         while at < end {
             let to = end.min(at.next_span());
             self.wait_for_room(over).await?;
-            if let Err(fault) = self.advance(slice(self.decoder.position().clamp(at, to), to)) {
+            let decoded = self.advance(slice(self.decoder.position().clamp(at, to), to));
+            let good = match decoded {
+                Ok(()) => to,
+                Err(_) => self.decoder.record_end().clamp(at, to),
+            };
+            let spooled = self.line.spool.end();
+            self.append(slice(spooled.clamp(at, good), good), over).await?;
+            self.prove(good);
+            self.publish(good);
+            if let Err(fault) = decoded {
                 return Err(self.broken(fault)?);
             }
-            let spooled = self.line.spool.end();
-            self.append(slice(spooled.clamp(at, to), to), over).await?;
-            self.prove(to);
-            self.publish(to);
             self.note_border();
             at = to;
         }
@@ -475,71 +503,6 @@ impl Pipeline {
         let end = self.line.spool.end();
         self.path.board.update(|state| state.frontier.retract(end));
         Ok(Fault::Broken(fault))
-    }
-
-    /// Waits while the spool holds as much as it may, or makes room.
-    async fn wait_for_room(&mut self, over: &CancellationToken) -> Result<(), Fault> {
-        let max = self.path.context.settings.spool.bytes_max;
-        loop {
-            let used = self.path.board.read(|state| state.spool_bytes());
-            // It stays an alarm while room is made a file at a time.
-            if used < max / 10 * 9 {
-                self.full_since = None;
-                self.path.context.alarms.clear("spool-full", "");
-            }
-            if used < max {
-                return Ok(());
-            }
-            if !self.make_room("", &format!("the spool holds {used} of {max} bytes"))? {
-                hold(over).await?;
-            }
-        }
-    }
-
-    /// Raises the alarm, and gives up the oldest WAL if the operator wants that. False if there is nothing to do but wait.
-    fn make_room(&mut self, subject: &str, why: &str) -> Result<bool> {
-        let is_release =
-            self.path.context.settings.durability.on_spool_full == OnSpoolFull::Release;
-        // Locations that are there, and only slow to answer, are waited for.
-        let full_since = *self.full_since.get_or_insert_with(Instant::now);
-        let uncut = self.withheld.first().map_or(self.cut_from, |(before, _)| *before);
-        let is_made = is_release
-            && full_since.elapsed() >= RELEASE_PATIENCE
-            && release_oldest(&self.path, uncut.min(self.proven))?;
-        let what = if is_made { "the oldest WAL is given up" } else { "WAL is left at the server" };
-        self.path.context.alarms.raise("spool-full", subject, format!("{why}: {what}"));
-        Ok(is_made)
-    }
-
-    async fn append(&mut self, bytes: &[u8], over: &CancellationToken) -> Result<(), Fault> {
-        if bytes.is_empty() {
-            return Ok(());
-        }
-        loop {
-            match self.line.spool.append(bytes) {
-                Ok(()) => {
-                    self.path.context.alarms.clear("spool-full", "disk");
-                    return Ok(());
-                }
-                Err(error) if is_no_space(&error) => {
-                    let folder = self.line.spool.folder();
-                    if !self.make_room("disk", &format!("{}: {error}", folder.display()))? {
-                        hold(over).await?;
-                    }
-                }
-                Err(error) => {
-                    let failed: Result<()> = Err(error).context("append to the spool");
-                    return Ok(failed?);
-                }
-            }
-        }
-    }
-}
-
-async fn hold(over: &CancellationToken) -> Result<(), Fault> {
-    tokio::select! {
-        () = over.cancelled() => Err(Fault::Held),
-        () = tokio::time::sleep(HOLD) => Ok(()),
     }
 }
 

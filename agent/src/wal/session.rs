@@ -358,7 +358,7 @@ impl Session {
         let old = self.pipeline.take();
         let path = self.path.clone();
         let (line, pipeline) = super::blocking(move || {
-            old.map_or(Ok(()), Pipeline::finish)?;
+            old.map_or(Ok(()), Pipeline::end)?;
             let number = path.board.read(|s| s.lines.keys().max().map_or(1, |n| n + 1));
             let line = Arc::new(Line::create(&path.root, number, beginnings, begin)?);
             branch.map_or(Ok(()), |branch| line.settle(branch))?;

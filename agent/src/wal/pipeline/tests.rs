@@ -289,17 +289,49 @@ async fn a_hole_and_other_bytes_are_refused() {
 
 #[tokio::test]
 async fn broken_wal_is_not_kept_and_the_stream_can_be_taken_up_again() {
-    let folder = tempfile::tempdir().unwrap();
     let wal = wal(200_000);
     let mut damaged = wal.bytes().to_vec();
     damaged[150_000] ^= 1;
-    let (pipeline, result) = feed(open(folder.path()), &damaged, BEGIN, 8192).await;
-    assert!(matches!(result, Err(Fault::Broken(_))), "{result:?}");
-    assert!(spooled(&pipeline).len() < 150_000);
-    assert!(wal.records().iter().any(|record| record.end == pipeline.line.spool.end()));
-    let (pipeline, result) = feed(pipeline, wal.bytes(), BEGIN, 8192).await;
-    assert!(result.is_ok(), "{result:?}");
-    assert!(spooled(&pipeline) == wal.bytes());
+    let whole = wal.records().iter().map(|r| r.end).filter(|end| *end <= BEGIN.add(150_000)).max();
+    for size in [8192, 128 << 10, 1 << 20] {
+        let folder = tempfile::tempdir().unwrap();
+        let (pipeline, result) = feed(open(folder.path()), &damaged, BEGIN, size).await;
+        assert!(matches!(result, Err(Fault::Broken(_))), "{result:?}");
+        assert_eq!(Some(pipeline.line.spool.end()), whole, "messages of {size} bytes");
+        assert_eq!(cuts(&pipeline).last().map(|cut| cut.range.end), whole);
+        let (pipeline, result) = feed(pipeline, wal.bytes(), BEGIN, size).await;
+        assert!(result.is_ok(), "{result:?}");
+        assert!(spooled(&pipeline) == wal.bytes());
+    }
+}
+
+#[tokio::test]
+async fn a_line_that_another_follows_keeps_nothing_that_is_never_cut() {
+    let wal = wal(100_000);
+    let record_end = |until: u64| {
+        let ends = wal.records().iter().map(|record| record.end);
+        ends.filter(|end| *end <= BEGIN.add(until)).max().unwrap()
+    };
+    // Killed in the middle of a record.
+    let folder = tempfile::tempdir().unwrap();
+    feed(open(folder.path()), &wal.bytes()[..50_000], BEGIN, 10_000).await.1.unwrap();
+    let pipeline = open(folder.path());
+    let line = pipeline.line.clone();
+    assert_eq!(line.spool.end(), BEGIN.add(50_000));
+    pipeline.end().unwrap();
+    assert_eq!(line.spool.end(), record_end(50_000));
+    assert_eq!(line.pop_cut(false).unwrap().range, LsnRange::new(BEGIN, record_end(50_000)));
+    // The connection was lost while there was no room for what had been decoded.
+    let folder = tempfile::tempdir().unwrap();
+    let mut pipeline = open(folder.path());
+    let line = pipeline.line.clone();
+    line.spool.append(&wal.bytes()[..50_000]).unwrap();
+    pipeline.advance(&wal.bytes()[..80_000]).unwrap();
+    pipeline.end().unwrap();
+    assert_eq!(line.spool.end(), record_end(50_000));
+    let cut = line.pop_cut(false).unwrap();
+    assert_eq!(cut.range, LsnRange::new(BEGIN, record_end(50_000)));
+    assert_eq!(cut.summary.last_record_end, Some(record_end(50_000)));
 }
 
 #[tokio::test]
