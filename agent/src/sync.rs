@@ -9,7 +9,7 @@
 //! Needed after an agent was killed between the writes to two locations, and after a location was away. Runs at start,
 //! then every hour, and when asked, never beside a snapshot of this agent; `check` changes nothing, and runs at any
 //! time. Copying keeps the order of the format (wraps, origins, packs and WAL, manifests last), so that a manifest at a
-//! location still implies all that it needs; it needs no key. A damaged object is found by its size, by whoever
+//! location still implies all that it needs, and brings the newest snapshot before the others; it needs no key. A damaged object is found by its size, by whoever
 //! reads it, or by a deep pass, which reads everything.
 //!
 //! A crash leaves whole objects, or one fewer where a damaged one was being replaced.
@@ -31,6 +31,7 @@ use backstay_common::id::LocationName;
 use backstay_common::name::ObjectName;
 use backstay_common::retention::{Gone, Stays, Verdict, View};
 use backstay_common::{Error, Kind, Result};
+use compare::Newest;
 use mend::Mending;
 use place::{Expectations, Place};
 use serde::{Deserialize, Serialize};
@@ -168,13 +169,17 @@ struct Live {
     all: BTreeSet<ObjectName>,
     expected: Expectations,
     verdict: Verdict,
+    newest: Option<Newest>,
 }
 
 impl Live {
     fn of(places: &[Place], judgement: Option<(View, Verdict)>) -> Live {
         let mut all: BTreeSet<ObjectName> = places.iter().flat_map(Place::whole).collect();
-        let (expected, verdict) = match judgement {
-            Some((view, verdict)) => (expectations(&view), verdict),
+        let (expected, verdict, newest) = match judgement {
+            Some((view, verdict)) => {
+                let newest = view.manifests.values().next_back().map(Newest::of);
+                (expectations(&view), verdict, newest)
+            }
             None => Default::default(),
         };
         // What one location has let go of does not come back from another that has it still. A piece is superseded only
@@ -183,7 +188,7 @@ impl Live {
         for piece in superseded::superseded(&all).into_iter().flat_map(|(_, pieces)| pieces) {
             all.remove(&piece);
         }
-        Live { all, expected, verdict }
+        Live { all, expected, verdict, newest }
     }
 
     fn is_needed(&self, name: &ObjectName) -> bool {
@@ -305,7 +310,10 @@ async fn synchronise(
     for place in &places {
         let mut told = LocationSync::new(place.name(), system.id, place.listed.len());
         told.deleted = deleted.get(place.name()).copied().unwrap_or_default();
-        let missing = compare::missing(&place.whole(), &live.all);
+        let mut missing = compare::missing(&place.whole(), &live.all);
+        if let Some(newest) = &live.newest {
+            missing = newest.first(missing);
+        }
         let mending = Mending::new(&places, place, &live.all, &live.expected, &context.strays);
         let mended = mending.run(missing).await;
         if mended.copied.objects > 0 {

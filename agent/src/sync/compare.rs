@@ -1,8 +1,9 @@
 //! What a location lacks. Pure: names in, names out.
 
 use backstay_common::id::Branch;
-use backstay_common::lsn::LsnRange;
+use backstay_common::lsn::{Lsn, LsnRange};
 use backstay_common::name::ObjectName;
+use backstay_common::snapshot::ManifestPlain;
 use std::collections::{BTreeMap, BTreeSet};
 
 /// Kinds of objects in the order of the format: what one needs is in an earlier group.
@@ -54,6 +55,47 @@ pub fn missing(has: &BTreeSet<ObjectName>, all: &BTreeSet<ObjectName>) -> Vec<Ve
         }
     }
     groups
+}
+
+/// The newest snapshot, with the WAL from its beginning on: what a location must have to be of use.
+#[derive(Debug)]
+pub struct Newest {
+    pub manifest: ObjectName,
+    pub packs: BTreeSet<ObjectName>,
+    pub branch: Branch,
+    pub from: Lsn,
+}
+
+impl Newest {
+    pub fn of(plain: &ManifestPlain) -> Newest {
+        let system = plain.system;
+        Newest {
+            manifest: ObjectName::Manifest { system, snapshot: plain.snapshot },
+            packs: plain.packs.iter().map(|entry| entry.name(system)).collect(),
+            branch: plain.branch,
+            from: plain.wal_needed().start,
+        }
+    }
+
+    fn needs(&self, name: &ObjectName) -> bool {
+        match name {
+            ObjectName::Pack { .. } => self.packs.contains(name),
+            ObjectName::Manifest { .. } => *name == self.manifest,
+            ObjectName::Wal { branch, range, .. } => match *branch == self.branch {
+                true => range.end > self.from,
+                false => branch.timeline > self.branch.timeline,
+            },
+            ObjectName::WalIndex { .. } => false,
+            _ => true,
+        }
+    }
+
+    /// Puts before everything else what this snapshot needs, in the order of the format too.
+    pub fn first(&self, groups: Vec<Vec<ObjectName>>) -> Vec<Vec<ObjectName>> {
+        let split = |group: Vec<ObjectName>| group.into_iter().partition(|name| self.needs(name));
+        let (first, rest): (Vec<_>, Vec<_>) = groups.into_iter().map(split).unzip();
+        [first, rest].concat()
+    }
 }
 
 /// The stretches of each branch that a location's objects cover without a hole.

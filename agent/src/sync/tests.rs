@@ -1,4 +1,4 @@
-use super::compare::{missing, unequal};
+use super::compare::{Newest, missing, unequal};
 use super::superseded::superseded;
 use super::*;
 use backstay_common::id::{ObjectId, SystemId};
@@ -27,6 +27,40 @@ fn copies_go_in_the_order_of_the_format() {
     let groups = missing(&BTreeSet::new(), &names.iter().cloned().collect());
     let flat: Vec<ObjectName> = groups.concat();
     assert_eq!(flat, names.into_iter().rev().collect::<Vec<_>>());
+}
+
+#[test]
+fn the_newest_snapshot_and_its_wal_go_before_the_others() {
+    let manifest = |day: u8| ObjectName::Manifest {
+        system: SYSTEM,
+        snapshot: format!("202611{day}T020000Z-1f2e3d4c").parse().unwrap(),
+    };
+    let pack = |id: u8| ObjectName::Pack { system: SYSTEM, id: ObjectId::from_bytes([id; 8]) };
+    let wraps = "7/keys/00000000000000000000000000000000/0000000000000000".parse().unwrap();
+    let names: BTreeSet<ObjectName> = [
+        [manifest(21), pack(1), wal(0, 100, 1)],
+        [manifest(22), pack(2), wal(100, 200, 2)],
+        [pack(3), wal(200, 300, 3), wraps],
+    ]
+    .concat()
+    .into_iter()
+    .collect();
+    let newest = Newest {
+        manifest: manifest(22),
+        packs: [pack(2), pack(3)].into(),
+        branch: "00000001-01020304".parse().unwrap(),
+        from: Lsn::new(150),
+    };
+    let order = newest.first(missing(&BTreeSet::new(), &names)).concat();
+    assert_eq!(order.len(), names.len());
+    let end = order.iter().position(|name| *name == manifest(22)).unwrap();
+    let late = [wal(0, 100, 1), pack(1), manifest(21)];
+    let first: BTreeSet<_> = order[..end].iter().cloned().collect();
+    assert_eq!(
+        first,
+        names.into_iter().filter(|n| !late.contains(n) && *n != manifest(22)).collect()
+    );
+    assert_eq!(order.last(), Some(&manifest(21)));
 }
 
 #[test]
