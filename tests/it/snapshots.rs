@@ -136,13 +136,14 @@ async fn cache_of_another_cluster(scene: &Scene, major: &Major) -> Result<Vec<u8
 }
 
 /// A page that turns corrupt at the source is told of in every snapshot that has it, whether its file is read again or
-/// not, until it is whole.
+/// not, until it is whole. The last snapshot that has it whole is held until somebody says that he knows.
 async fn a_corrupt_page_stays_reported(scene: &Scene, major: Major) -> Result<()> {
     let mut site = Site::start(scene, &major).await?;
     site.ledger.stop().await?;
     site.cluster.sql("CREATE TABLE victim AS SELECT n FROM generate_series(1, 20000) n").await?;
     site.cluster.sql("CHECKPOINT").await?;
-    ensure!(take(&site).await?.corrupt == 0);
+    let whole = take(&site).await?;
+    ensure!(whole.corrupt == 0);
     let path = site.cluster.value("SELECT pg_relation_filepath('victim')").await?;
     let file = File::options().read(true).write(true).open(site.cluster.data().join(&path))?;
     let flip = || -> Result<()> {
@@ -167,6 +168,16 @@ async fn a_corrupt_page_stays_reported(scene: &Scene, major: Major) -> Result<()
         site.agent.wait_until("the page is told of", PATIENCE, told).await?;
         tokio::time::sleep(std::time::Duration::from_millis(2500)).await;
     }
+    site.deployment.agent_command(&["prune"]).await?.success()?;
+    let held = "has damaged pages that are whole here";
+    site.deployment.backstay(&["list"]).await?.success()?.says(&["1 damaged pages", held])?;
+    let given_back = format!("of snapshot {}", whole.id);
+    site.deployment.agent_command(&["ack-damage"]).await?.success()?.says(&[&given_back])?;
+    site.deployment.agent_command(&["prune"]).await?.success()?;
+    let list = site.deployment.backstay(&["list"]).await?.success()?;
+    ensure!(list.says(&[held]).is_err(), "it is held again");
+    let again = site.deployment.agent_command(&["ack-damage"]).await?.success()?;
+    again.says(&["nothing was to be done"])?;
     flip()?;
     ensure!(take(&site).await?.corrupt == 0, "it is whole again");
     Ok(())
