@@ -65,6 +65,7 @@ use shelf::Patience;
 pub use slot::SlotStatus;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
@@ -72,6 +73,8 @@ use tokio_util::sync::CancellationToken;
 /// How long the last piece may take when the agent stops.
 const STOP_PATIENCE: Duration = Duration::from_secs(5);
 const STATUS_EVERY: Duration = Duration::from_millis(100);
+/// From one fsync of the spool to the next where no commit waits for it: each costs the server, whose disk it may be.
+const SYNC_PAUSE: Duration = Duration::from_millis(10);
 const TIDY_EVERY: Duration = Duration::from_millis(500);
 /// A location that has had an object waiting for so long is behind.
 const BEHIND: Duration = Duration::from_secs(60);
@@ -252,15 +255,13 @@ impl WalPath {
 
 /// Fsyncs the spool whenever bytes wait and no fsync is under way.
 async fn keep_synced(path: Arc<WalPath>) -> Result<()> {
-    let mut bell = path.board.listen();
     loop {
         let waiting = path.board.read(|state| {
             let line = state.lines.get(&state.current)?;
             (state.frontier.spooled() < state.frontier.received()).then(|| line.clone())
         });
         let Some(line) = waiting else {
-            // The board outlives this task.
-            let _ = bell.changed().await;
+            path.board.arrival().await;
             continue;
         };
         let number = line.number;
@@ -270,6 +271,9 @@ async fn keep_synced(path: Arc<WalPath>) -> Result<()> {
                     state.frontier.spool(synced);
                 }
             });
+        }
+        if path.context.nobody_waits.load(Ordering::Relaxed) {
+            tokio::time::sleep(SYNC_PAUSE).await;
         }
     }
 }
@@ -309,7 +313,7 @@ fn tidy_line(path: &WalPath, line: &Arc<Line>) -> Result<()> {
 /// from it into the next, and a restart reads it whole.
 fn forgettable(state: &State, line: &Line, patience: Patience) -> Lsn {
     let locations = state.shelf.waited_for(patience);
-    let stored = locations.map(|l| state.shelf.frontier(l, line.number)).min();
+    let stored = locations.map(|l| state.shelf.reach(l, line.number)).min();
     // Pieces may be everywhere while the span that supersedes them is yet to be sealed.
     let stored = stored.unwrap_or(Lsn::INVALID).min(line.unsealed_from().unwrap_or(Lsn::MAX));
     match line.number == state.current {
@@ -330,7 +334,7 @@ fn is_over(state: &State, line: &Line, patience: Patience) -> bool {
         && line.is_sealed()
         && line.branch().is_some()
         && state.shelf.is_line_done(line.number, patience)
-        && state.shelf.waited_for(patience).all(|l| state.shelf.frontier(l, line.number) >= end)
+        && state.shelf.waited_for(patience).all(|l| state.shelf.reach(l, line.number) >= end)
 }
 
 /// Nothing, this time, if something is on its way to a location all the same.

@@ -11,12 +11,12 @@ use super::line::Line;
 use backstay_common::id::{Branch, BranchId};
 use backstay_common::line::Past;
 use backstay_common::location::Location;
-use backstay_common::lsn::{Lsn, LsnRange, SPAN_BYTES, covered_until};
+use backstay_common::lsn::{Lsn, LsnRange, SPAN_BYTES, covered_until, uncovered};
 use backstay_common::name::{ObjectName, folder};
 use backstay_common::origin::{Beginnings, Origin};
 use backstay_common::seal::Header;
 use backstay_common::span::WalObject;
-use backstay_common::{Context, Result};
+use backstay_common::{Context, Kind, Result};
 use bytes::Bytes;
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -184,20 +184,17 @@ impl Stock {
         found
     }
 
-    /// True if every location answered.
-    pub fn is_complete(&self, path: &WalPath) -> bool {
-        self.listed.len() == path.context.writers.len()
+    /// One location only.
+    pub async fn of(path: &WalPath, location: usize) -> Result<Stock> {
+        let place = path.context.writers[location].location();
+        let names = list(place, &folder::wal(path.context.system)).await?;
+        Ok(Stock { listed: vec![(location, names)] })
     }
 
-    /// Whether a location holds any WAL of `branch`.
-    pub fn has(&self, location: usize, branch: Branch) -> bool {
-        let names = self.listed.iter().filter(|(number, _)| *number == location);
-        names.flat_map(|(_, names)| ranges(names, branch)).next().is_some()
-    }
-
-    /// Where the branches come from, and what of them is stored anywhere. An origin that cannot be read is left out.
-    pub async fn pasts(&self, path: &WalPath) -> BTreeMap<Branch, Past> {
-        let mut pasts = BTreeMap::new();
+    /// Where the branches come from, and what of them is stored anywhere. An origin that is damaged or cannot be opened is
+    /// left out; one that cannot be fetched now may be the one that matters.
+    pub async fn pasts(&self, path: &WalPath) -> Result<BTreeMap<Branch, Past>> {
+        let (mut pasts, mut unread) = (BTreeMap::new(), BTreeMap::new());
         for (number, names) in &self.listed {
             for name in names {
                 let ObjectName::Origin { branch, .. } = name else { continue };
@@ -209,16 +206,22 @@ impl Stock {
                     Ok(ancestors) => {
                         pasts.insert(*branch, Past { ancestors, covered: self.covered(*branch) });
                     }
+                    Err(error) if error.kind() == Kind::Storage => {
+                        unread.insert(*branch, error);
+                    }
                     Err(error) => tracing::warn!(%error, %branch, "a branch is left out"),
                 }
             }
         }
-        pasts
+        unread.retain(|branch, _| !pasts.contains_key(branch));
+        match unread.into_values().next() {
+            Some(error) => Err(error),
+            None => Ok(pasts),
+        }
     }
 
     fn covered(&self, branch: Branch) -> Vec<LsnRange> {
-        let all = self.listed.iter().flat_map(|(_, names)| ranges(names, branch));
-        let mut all: Vec<LsnRange> = all.collect();
+        let mut all: Vec<LsnRange> = self.all(branch).collect();
         all.sort_unstable();
         let mut covered: Vec<LsnRange> = Vec::new();
         for range in all {
@@ -232,17 +235,22 @@ impl Stock {
 
     /// What of `range` no location that answered has on `branch`.
     pub fn missing(&self, branch: Branch, range: LsnRange) -> Vec<LsnRange> {
-        let all = self.listed.iter().flat_map(|(_, names)| ranges(names, branch));
-        let mut stored: Vec<LsnRange> = all.filter(|r| r.end > range.start).collect();
-        let mut missing = Vec::new();
-        let mut at = covered_until(range.start, &mut stored);
-        while at < range.end {
-            let next = stored.iter().map(|r| r.start).filter(|&start| start > at).min();
-            let hole = LsnRange::new(at, next.unwrap_or(range.end).min(range.end));
-            missing.push(hole);
-            at = covered_until(hole.end, &mut stored);
-        }
-        missing
+        uncovered(range, self.all(branch).collect())
+    }
+
+    /// All ranges of `branch` that are stored anywhere.
+    fn all(&self, branch: Branch) -> impl Iterator<Item = LsnRange> + '_ {
+        self.listed.iter().flat_map(move |(_, names)| ranges(names, branch))
+    }
+
+    /// The locations that answered, by number, and what they have.
+    pub fn listed(&self) -> impl Iterator<Item = (usize, &[ObjectName])> {
+        self.listed.iter().map(|(number, names)| (*number, &names[..]))
+    }
+
+    /// What `location` has; `None` if it did not answer.
+    pub fn at(&self, location: usize) -> Option<&[ObjectName]> {
+        self.listed().find(|(number, _)| *number == location).map(|(_, names)| names)
     }
 }
 
@@ -312,7 +320,8 @@ async fn open_origin(path: &WalPath, number: usize, name: &ObjectName) -> Result
     Ok((Origin::open(bytes.clone(), name, &epoch)?, bytes))
 }
 
-fn ranges(names: &[ObjectName], of: Branch) -> impl Iterator<Item = LsnRange> + '_ {
+/// The ranges of a branch's WAL among `names`.
+pub fn ranges(names: &[ObjectName], of: Branch) -> impl Iterator<Item = LsnRange> + '_ {
     names.iter().filter_map(move |name| match name {
         ObjectName::Wal { branch, range, .. } if *branch == of => Some(*range),
         _ => None,

@@ -1,257 +1,435 @@
 //! Fills a location with what only another location has: WAL that the spool no longer holds.
 //!
-//! Objects are copied as [`copy`] does, and one that cannot be does not keep the others back. Only holes inside what the location has are filled: what is before its first object may have been pruned. It goes on in
-//! the background, object by object, and a restart begins it again from the listings.
+//! What always holds: until a location has all that precedes the current line, as far as anybody has it, its share of the line
+//! counts for no acknowledgement. A position that is acknowledged says that all before it is there, also what another agent
+//! stored elsewhere, on an older timeline. What precedes the newest snapshot that the location has is filled too, and not
+//! waited for.
 //!
-//! What always holds: until a location has all that precedes a line, as far as anybody has it, its share of the line counts for
-//! no acknowledgement. A position that is acknowledged says that all before it is there, also what another agent
-//! stored elsewhere, on an older timeline.
+//! Objects are copied as [`copy`] does, and one that cannot be does not keep the others back. Only holes inside what the
+//! location has are filled: what is before its first object may have been pruned. It goes on in the background, object by
+//! object, and a restart begins it again from the listings.
 
 use super::WalPath;
-use super::branch::Stock;
+use super::board::State;
+use super::branch::{Stock, ranges};
+use super::gaps::Kept;
 use super::line::Line;
 use crate::copy::{self, Whole};
 use crate::prune;
 use crate::sync::superseded;
+use backstay_common::gap::Cause;
 use backstay_common::id::Branch;
 use backstay_common::line::{Past, line_of};
 use backstay_common::location::Location;
-use backstay_common::lsn::{Lsn, LsnRange, covered_until};
+use backstay_common::lsn::{Lsn, LsnRange, uncovered};
 use backstay_common::name::{ObjectName, folder};
 use backstay_common::seal::Header;
 use backstay_common::segment::parse_history;
-use backstay_common::snapshot::ManifestPlain;
 use backstay_common::snapshot::manifest::read_plain;
 use backstay_common::{Error, Kind, Result};
 use bytes::Bytes;
 use std::cmp::Reverse;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
 /// How long after a hole that could not be filled yet it is tried again.
 const AGAIN: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(30));
+/// How long our own spool is waited for at a time.
+const OURS: Duration = Duration::from_secs(5);
+/// How often one that nobody can fill is looked at again: a snapshot may have closed it.
+const LOST: Duration = Duration::from_secs(300);
+/// Of so many snapshots the newest that is on the line is looked for.
+const SNAPSHOTS_MAX: usize = 4;
 
 /// What a location lacks of the WAL before a line.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Lacks {
     Nothing,
     /// What our own spool has.
     Ours,
     /// What no location has.
-    Gap(Branch, LsnRange),
+    Lost(Branch, LsnRange),
     /// What another location has, or may have.
     Hole(Branch, LsnRange),
 }
 
-/// Starts filling the holes that `location` has before `line`, on its branch and on those that it grew from. From when there
-/// are none that could be filled the location counts.
-pub fn spawn(path: &Arc<WalPath>, location: usize, line: &Arc<Line>, branch: Branch) {
-    let (path, line) = (path.clone(), line.clone());
+/// A location that is filled up to where a line begins.
+struct Filling {
+    path: Arc<WalPath>,
+    location: usize,
+    line: Arc<Line>,
+    branch: Branch,
+    /// Where the line's spool began when the location was listed.
+    begin: Lsn,
+    /// Manifests that were read: where their snapshots begin.
+    snapshots: BTreeMap<ObjectName, (Branch, Lsn)>,
+}
+
+/// One branch's part of what precedes the line.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Leg {
+    branch: Branch,
+    /// What the location should have.
+    wanted: LsnRange,
+    /// What of that it must have before it counts begins here.
+    from: Lsn,
+}
+
+/// Starts filling the holes that `location`, which has just been listed, has before `line`, on its branch and on those that
+/// it grew from. From when there are none that could be filled the location counts.
+pub fn spawn(path: &Arc<WalPath>, location: usize, line: &Arc<Line>, at: (Branch, Lsn)) {
+    let (line, (branch, begin)) = (line.clone(), at);
+    let snapshots = BTreeMap::new();
+    let mut filling = Filling { path: path.clone(), location, line, branch, begin, snapshots };
     let stop = path.context.stop.clone();
-    path.clone().spawn(async move {
+    path.spawn(async move {
         tokio::select! {
             () = stop.cancelled() => {}
-            () = until_whole(&path, location, &line, branch) => {}
+            () = filling.until_whole() => {}
         }
         Ok(())
     });
 }
 
-async fn until_whole(path: &WalPath, location: usize, line: &Line, branch: Branch) {
-    let name = path.context.writers[location].location().name().to_string();
-    let alarms = &path.context.alarms;
-    for failures in 1.. {
-        match before(path, location, line, branch).await {
-            Ok(Lacks::Nothing) => {
-                alarms.clear("location-hole", &name);
-                break;
-            }
-            Ok(Lacks::Ours) => {}
-            Ok(Lacks::Gap(_, hole) | Lacks::Hole(_, hole))
-                if is_closed(path, location, hole).await =>
-            {
-                alarms.clear("location-hole", &name);
-                break;
-            }
-            Ok(Lacks::Gap(on, hole)) => {
-                let reason = format!("branch {on}: no location has the WAL of {hole}");
-                alarms.raise("location-hole", &name, reason);
-                break;
-            }
-            Ok(Lacks::Hole(on, hole)) => {
-                let reason = format!("branch {on}: the WAL of {hole} is yet to be copied to it");
-                alarms.raise("location-hole", &name, reason);
-            }
-            Err(error) => alarms.raise("location-hole", &name, error),
-        }
-        tokio::time::sleep(super::backoff(failures, AGAIN)).await;
+impl Filling {
+    fn place(&self) -> &Location {
+        self.path.context.writers[self.location].location()
     }
-    path.board.update(|state| state.shelf.complete(location, line.number));
-}
 
-/// True if an earlier line of ours has some of it, which is on its way then.
-fn is_in_spool(path: &WalPath, line: &Line, branch: Branch, hole: LsnRange) -> bool {
-    path.board.read(|state| {
-        let mut earlier = state.lines.values().filter(|l| l.number < line.number);
-        earlier.any(|l| l.timeline() == branch.timeline && l.spool.end() > hole.start)
-    })
-}
+    /// False when another line, or another listing of this one, is what counts.
+    fn is_wanted(&self) -> bool {
+        let (location, number) = (self.location, self.line.number);
+        self.path.board.read(|state| {
+            state.current == number && state.shelf.is_listed_from(location, number, self.begin)
+        })
+    }
 
-/// Fills what can be filled, and tells what is left.
-async fn before(path: &WalPath, location: usize, line: &Line, tip: Branch) -> Result<Lacks> {
-    let begin = line.spool.begin();
-    let stock = Stock::list(path).await;
-    let mut pasts = stock.pasts(path).await;
-    // Its origin may be on its way still.
-    let history = line.beginnings.history.as_deref().unwrap_or_default();
-    let ancestors = parse_history(&String::from_utf8_lossy(history))
-        .map_err(|reason| Error::new(Kind::Local, reason))?;
-    pasts.entry(tip).or_insert(Past { ancestors, covered: Vec::new() });
-    let (mut lacks, mut has_any) = (Lacks::Nothing, false);
-    for leg in line_of(tip, &pasts).legs {
-        let until = if leg.branch == tip { begin } else { leg.to };
-        let from = path.context.segment_size.start_of(leg.from.min(until));
-        let from = has_any.then_some(from);
-        has_any |= stock.has(location, leg.branch);
-        let Some(hole) = fill(path, location, leg.branch, (from, until)).await? else { continue };
-        if is_in_spool(path, line, leg.branch, hole) {
-            return Ok(Lacks::Ours);
-        }
-        if !stock.is_complete(path) || stock.missing(leg.branch, hole) != [hole] {
-            return Ok(Lacks::Hole(leg.branch, hole));
-        }
-        if matches!(lacks, Lacks::Nothing) {
-            lacks = Lacks::Gap(leg.branch, hole);
+    async fn until_whole(&mut self) {
+        let name = self.place().name().to_string();
+        for failures in 1.. {
+            if !self.is_wanted() {
+                return;
+            }
+            let looked = self.look().await;
+            let alarms = &self.path.context.alarms;
+            let mut pause = super::backoff(failures, AGAIN);
+            match looked {
+                Ok(Lacks::Nothing) => {
+                    alarms.clear("location-hole", &name);
+                    return self.complete();
+                }
+                Ok(Lacks::Ours) => {
+                    pause = pause.min(OURS);
+                    // Looked at again in any case.
+                    let _ = tokio::time::timeout(OURS, self.until_shipped()).await;
+                }
+                Ok(Lacks::Lost(on, hole)) => {
+                    let reason = format!("branch {on}: no location has the WAL of {hole}");
+                    alarms.raise("location-hole", &name, reason);
+                    self.complete();
+                    pause = LOST;
+                }
+                Ok(Lacks::Hole(on, hole)) => {
+                    let reason =
+                        format!("branch {on}: the WAL of {hole} is yet to be copied to it");
+                    alarms.raise("location-hole", &name, reason);
+                }
+                Err(error) => alarms.raise("location-hole", &name, error),
+            }
+            tokio::time::sleep(pause).await;
         }
     }
-    Ok(lacks)
-}
 
-/// True if the location has a snapshot that begins behind `hole`: nothing later needs it.
-async fn is_closed(path: &WalPath, location: usize, hole: LsnRange) -> bool {
-    let place = path.context.writers[location].location();
-    let newest = async {
-        let listed = place.list(&folder::snapshots(path.context.system)).await?;
+    fn complete(&self) {
+        let (location, number, begin) = (self.location, self.line.number, self.begin);
+        self.path.board.update(|state| state.shelf.complete(location, number, begin));
+    }
+
+    /// Returns when the location has all of our lines before this one.
+    async fn until_shipped(&self) {
+        let mut bell = self.path.board.listen();
+        let number = self.line.number;
+        let is_shipped = |state: &State| {
+            let mut earlier = state.lines.values().filter(|line| line.number < number);
+            earlier.all(|line| line.is_sealed()) && state.shelf.has_before(self.location, number)
+        };
+        while !self.path.board.read(is_shipped) {
+            // The board outlives this task.
+            let _ = bell.changed().await;
+        }
+    }
+
+    /// Looks, fills what can be filled, and tells what is left.
+    async fn look(&mut self) -> Result<Lacks> {
+        let own = Stock::of(&self.path, self.location).await?;
+        // Pieces of before a restart, of which the shelf knows nothing.
+        self.tidy(own.at(self.location).unwrap_or_default()).await;
+        // What it has by itself is enough in most cases, and tells without the others.
+        let legs = self.legs(&own).await?;
+        let has = own.at(self.location).unwrap_or_default();
+        let is_new = !has.iter().any(|name| matches!(name, ObjectName::Wal { .. }));
+        if is_new || self.is_enough(&legs, has) {
+            return Ok(Lacks::Nothing);
+        }
+        let stock = Stock::list(&self.path).await;
+        let absent =
+            || Error::new(Kind::Storage, format!("{} did not answer", self.place().name()));
+        let has = stock.at(self.location).ok_or_else(absent)?;
+        let legs = self.legs(&stock).await?;
+        let copied = self.copy(&legs, &stock, has).await;
+        let has: Vec<ObjectName> = has.iter().cloned().chain(copied).collect();
+        let gaps = self.path.gaps.clone();
+        let gaps = super::blocking(move || gaps.all()).await?;
+        Ok(self.judge(&legs, &stock, &has, &gaps))
+    }
+
+    async fn tidy(&self, names: &[ObjectName]) {
+        let names: BTreeSet<ObjectName> = names.iter().cloned().collect();
+        superseded::delete(&self.path.context, self.place(), &names).await;
+    }
+
+    /// The line's branches, oldest first, as far as `stock` knows them.
+    async fn legs(&mut self, stock: &Stock) -> Result<Vec<Leg>> {
+        let mut pasts = stock.pasts(&self.path).await?;
+        // Its origin may be on its way still.
+        let history = self.line.beginnings.history.as_deref().unwrap_or_default();
+        let ancestors = parse_history(&String::from_utf8_lossy(history))
+            .map_err(|reason| Error::new(Kind::Local, reason))?;
+        pasts.entry(self.branch).or_insert(Past { ancestors, covered: Vec::new() });
+        let line = line_of(self.branch, &pasts);
+        let snapshot = self.newest_snapshot(|branch, from| {
+            line.leaves(branch).is_some_and(|to| from < to.min(self.begin))
+        });
+        let snapshot = snapshot.await?;
+        let closed = snapshot.and_then(|(branch, from)| Some((line.index_of(branch)?, from)));
+        let size = self.path.context.segment_size;
+        let has = stock.at(self.location).unwrap_or_default();
+        let (mut legs, mut has_any) = (Vec::new(), false);
+        for (index, leg) in line.legs.iter().enumerate() {
+            let until = if leg.branch == self.branch { self.begin } else { leg.to };
+            let there = ranges(has, leg.branch).map(|range| range.start).min();
+            // What is before the first that it has may have been pruned; but not on a branch that grew from one that it has.
+            let first = if has_any { Some(size.start_of(leg.from)) } else { there };
+            has_any |= there.is_some();
+            let Some(first) = first else { continue };
+            let wanted = LsnRange::new(first.min(until), until);
+            let from = match closed {
+                Some((at, _)) if index < at => until,
+                Some((at, from)) if index == at => size.start_of(from).max(wanted.start).min(until),
+                _ => wanted.start,
+            };
+            legs.push(Leg { branch: leg.branch, wanted, from });
+        }
+        Ok(legs)
+    }
+
+    /// Where the newest snapshot begins that the location has and that `is_on` the line.
+    async fn newest_snapshot(
+        &self,
+        is_on: impl Fn(Branch, Lsn) -> bool,
+    ) -> Result<Option<(Branch, Lsn)>> {
+        let listed = self.place().list(&folder::snapshots(self.path.context.system)).await?;
         let names = listed.into_iter().filter_map(|listed| listed.name);
-        let newest = names.filter(|name| matches!(name, ObjectName::Manifest { .. })).max();
-        let Some(name) = newest else { return Ok(None) };
-        Ok(Some(read_plain(&place.get(&name).await?, &name)?.1))
-    };
-    let newest: Result<Option<ManifestPlain>> = newest.await;
-    newest.is_ok_and(|plain| plain.is_some_and(|plain| plain.start >= hole.end))
-}
-
-/// Returns the first hole that is left, between `from`, else the first that the location has, and `until`.
-async fn fill(
-    path: &WalPath,
-    location: usize,
-    branch: Branch,
-    (from, until): (Option<Lsn>, Lsn),
-) -> Result<Option<LsnRange>> {
-    let place = path.context.writers[location].location();
-    let there = objects(path, location, branch).await?;
-    // Pieces of before a restart, of which the shelf knows nothing.
-    superseded::delete(&path.context, place, &there.iter().map(|(_, n)| n.clone()).collect()).await;
-    let mut have: Vec<LsnRange> = there.into_iter().map(|(range, _)| range).collect();
-    have.extend(from.map(|from| LsnRange::new(from, from)));
-    if first_hole(&mut have, until).is_none() {
-        return Ok(None);
-    }
-    // Between snapshots that outlive the window there is no WAL, and none is missed.
-    if let Some(needed) = prune::needed_wal(&path.context).await {
-        let between = unneeded(needed.get(&branch).map_or(&[][..], Vec::as_slice), &have);
-        have.extend(between);
-    }
-    let mut fault = None;
-    let mut filled = false;
-    for (name, sources) in offered(path, location, branch).await {
-        let ObjectName::Wal { range, .. } = name else { continue };
-        if range.start >= until || !fills(&have, range) {
-            continue;
-        }
-        match copy_one(path, location, &name, &sources).await {
-            Ok(()) => {
-                have.push(range);
-                filled = true;
-                tracing::info!(object = %name, "a hole was filled");
-            }
-            // Another object may fill the hole, or the next one.
-            Err(error) => {
-                tracing::warn!(%error, "a hole is not filled");
-                fault = Some(error);
+        let mut names: Vec<ObjectName> =
+            names.filter(|name| matches!(name, ObjectName::Manifest { .. })).collect();
+        names.sort_unstable();
+        for name in names.iter().rev().take(SNAPSHOTS_MAX) {
+            let (branch, from) = match self.snapshots.get(name) {
+                Some(known) => *known,
+                None => match self.place().get(name).await.and_then(|b| read_plain(&b, name)) {
+                    Ok((_, plain)) => (plain.branch, plain.start),
+                    Err(error) if error.kind() == Kind::Storage => return Err(error),
+                    // Gone, or damaged.
+                    Err(_) => continue,
+                },
+            };
+            if is_on(branch, from) {
+                return Ok(Some((branch, from)));
             }
         }
+        Ok(None)
     }
-    if filled {
-        // Pieces, of which the shelf may know nothing any more.
-        let names = objects(path, location, branch).await?.into_iter().map(|(_, name)| name);
-        superseded::delete(&path.context, place, &names.collect()).await;
-    }
-    match (first_hole(&mut have, until), fault) {
-        (Some(_), Some(error)) => Err(error),
-        (hole, _) => Ok(hole),
-    }
-}
 
-async fn copy_one(
-    path: &WalPath,
-    to: usize,
-    name: &ObjectName,
-    sources: &[&Location],
-) -> Result<()> {
-    let writer = &path.context.writers[to];
-    let whole = copy::fetch(name, sources, None, &mut Vec::new()).await?;
-    path.context.strays.note(writer.location().name(), name);
-    copy::store(writer, &whole, sources).await.map(drop)
-}
+    /// True if the location has all that it must, from its newest snapshot on.
+    fn is_enough(&self, legs: &[Leg], has: &[ObjectName]) -> bool {
+        let is_closed = legs.iter().any(|leg| leg.from > leg.wanted.start);
+        let is_there = |leg: &Leg| {
+            let must = LsnRange::new(leg.from, leg.wanted.end);
+            uncovered(must, ranges(has, leg.branch).collect()).is_empty()
+        };
+        is_closed && legs.iter().all(is_there)
+    }
 
-/// What the other locations have of the branch, and which of them has it; the longest first, so that no piece is
-/// copied whose span is there.
-async fn offered(path: &WalPath, to: usize, branch: Branch) -> Vec<(ObjectName, Vec<&Location>)> {
-    let mut offered: BTreeMap<(Lsn, Reverse<Lsn>, ObjectName), Vec<&Location>> = BTreeMap::new();
-    for (number, location) in others(path, to) {
-        for (range, name) in objects(path, number, branch).await.unwrap_or_default() {
-            offered.entry((range.start, Reverse(range.end), name)).or_default().push(location);
+    /// Copies what the location should have, only others have, and is not on its way from our spool. Returns what came.
+    async fn copy(&self, legs: &[Leg], stock: &Stock, has: &[ObjectName]) -> Vec<ObjectName> {
+        let mut copied = Vec::new();
+        for leg in legs {
+            let mut have: Vec<LsnRange> = ranges(has, leg.branch).collect();
+            if uncovered(leg.wanted, have.clone()).is_empty() {
+                continue;
+            }
+            have.extend(self.in_spool(leg.branch));
+            // Between snapshots that outlive the window there is no WAL, and none is missed.
+            if let Some(needed) = prune::needed_wal(&self.path.context).await {
+                have.extend(unneeded(needed.get(&leg.branch).map_or(&[][..], Vec::as_slice)));
+            }
+            for (name, sources) in self.offered(stock, leg.branch) {
+                let ObjectName::Wal { range, .. } = name else { continue };
+                let of_leg = LsnRange::new(
+                    range.start.max(leg.wanted.start),
+                    range.end.min(leg.wanted.end).max(leg.wanted.start),
+                );
+                if uncovered(of_leg, have.clone()).is_empty() {
+                    continue;
+                }
+                match self.copy_one(&name, &sources).await {
+                    Ok(()) => {
+                        tracing::info!(object = %name, "a hole was filled");
+                        have.push(range);
+                        copied.push(name);
+                    }
+                    // Another object may fill the hole, or the next one.
+                    Err(error) => tracing::warn!(%error, "a hole is not filled"),
+                }
+            }
         }
+        if !copied.is_empty() {
+            // Pieces, of which the shelf may know nothing any more.
+            let all: Vec<ObjectName> = has.iter().cloned().chain(copied.iter().cloned()).collect();
+            self.tidy(&all).await;
+        }
+        copied
     }
-    offered.into_iter().map(|((_, _, name), sources)| (name, sources)).collect()
+
+    async fn copy_one(&self, name: &ObjectName, sources: &[&Location]) -> Result<()> {
+        let writer = &self.path.context.writers[self.location];
+        let whole = copy::fetch(name, sources, None, &mut Vec::new()).await?;
+        self.path.context.strays.note(writer.location().name(), name);
+        copy::store(writer, &whole, sources).await.map(drop)
+    }
+
+    /// What the other locations have of the branch, and which of them has it; the longest first, so that no piece is
+    /// copied whose span is there.
+    fn offered(&self, stock: &Stock, branch: Branch) -> Vec<(ObjectName, Vec<&Location>)> {
+        let mut offered: BTreeMap<(Lsn, Reverse<Lsn>, &ObjectName), Vec<&Location>> =
+            BTreeMap::new();
+        for (number, names) in stock.listed().filter(|(number, _)| *number != self.location) {
+            for name in names {
+                let ObjectName::Wal { branch: of, range, .. } = name else { continue };
+                if *of == branch {
+                    let location = self.path.context.writers[number].location();
+                    offered
+                        .entry((range.start, Reverse(range.end), name))
+                        .or_default()
+                        .push(location);
+                }
+            }
+        }
+        offered.into_iter().map(|((_, _, name), sources)| (name.clone(), sources)).collect()
+    }
+
+    /// What our earlier lines still have of the branch, or may have.
+    fn in_spool(&self, branch: Branch) -> Vec<LsnRange> {
+        self.path.board.read(|state| {
+            let earlier = state.lines.values().filter(|line| line.number < self.line.number);
+            let of_branch = earlier.filter(|line| match line.branch() {
+                Some(of) => of == branch,
+                None => line.timeline() == branch.timeline,
+            });
+            of_branch.map(|line| LsnRange::new(line.spool.begin(), line.spool.end())).collect()
+        })
+    }
+
+    fn judge(&self, legs: &[Leg], stock: &Stock, has: &[ObjectName], gaps: &[Kept]) -> Lacks {
+        let settings = &self.path.context.writers;
+        let required: Vec<bool> = settings.iter().map(|w| w.location().is_required()).collect();
+        let silent = required.iter().enumerate().filter(|(number, required)| {
+            **required && !stock.listed().any(|(answered, _)| answered == *number)
+        });
+        let required = required.iter().filter(|required| **required).count();
+        let needed = self.path.context.settings.durability.acknowledge.needed(required).max(1);
+        // Whatever was acknowledged is at one at least of those that answered.
+        let is_conclusive = silent.count() < needed;
+        let mut lacks = Lacks::Nothing;
+        for leg in legs {
+            let elsewhere = stock.listed().flat_map(|(_, names)| ranges(names, leg.branch));
+            let known = Known {
+                has: ranges(has, leg.branch).collect(),
+                in_spool: self.in_spool(leg.branch),
+                elsewhere: elsewhere.collect(),
+                gaps: gaps.iter().filter_map(|gap| lost(gap, leg.branch)).collect(),
+                is_conclusive,
+            };
+            lacks = known.lacks(leg).or(lacks);
+        }
+        lacks
+    }
 }
 
-/// What lies between `needed`, which is disjoint and sorted, after the first of `have`.
-fn unneeded(needed: &[LsnRange], have: &[LsnRange]) -> Vec<LsnRange> {
-    let Some(begin) = have.iter().map(|range| range.start).min() else { return Vec::new() };
-    let between = needed.windows(2).map(|two| LsnRange::new(two[0].end, two[1].start));
-    between.filter(|range| range.start >= begin).collect()
+/// What is known of a branch's WAL.
+#[derive(Debug)]
+struct Known {
+    has: Vec<LsnRange>,
+    in_spool: Vec<LsnRange>,
+    elsewhere: Vec<LsnRange>,
+    /// On record.
+    gaps: Vec<LsnRange>,
+    /// What is at none of the locations that answered is nowhere.
+    is_conclusive: bool,
 }
 
-/// The first hole after the first range and before `until`.
-fn first_hole(have: &mut [LsnRange], until: Lsn) -> Option<LsnRange> {
-    let begin = have.iter().map(|range| range.start).min()?;
-    let end = covered_until(begin, have);
-    let next = have.iter().map(|range| range.start).filter(|&start| start > end).min();
-    (end < until).then(|| LsnRange::new(end, next.unwrap_or(until).min(until)))
+impl Known {
+    fn lacks(&self, leg: &Leg) -> Lacks {
+        let mut lacks = Lacks::Nothing;
+        for hole in uncovered(LsnRange::new(leg.from, leg.wanted.end), self.has.clone()) {
+            for left in uncovered(hole, self.in_spool.clone()) {
+                let unknown = uncovered(left, self.elsewhere.clone());
+                let gone = unknown.iter().flat_map(|part| uncovered(*part, self.gaps.clone()));
+                let gone = gone.collect::<Vec<_>>().first().copied();
+                let found = match gone {
+                    _ if unknown != [left] => Lacks::Hole(leg.branch, left),
+                    Some(_) if !self.is_conclusive => Lacks::Hole(leg.branch, left),
+                    Some(gone) => Lacks::Lost(leg.branch, gone),
+                    None => Lacks::Nothing,
+                };
+                lacks = found.or(lacks);
+            }
+            if uncovered(hole, self.in_spool.clone()) != [hole] {
+                lacks = Lacks::Ours.or(lacks);
+            }
+        }
+        lacks
+    }
 }
 
-/// True if something of `range` is missing, after the first of `have`.
-fn fills(have: &[LsnRange], range: LsnRange) -> bool {
-    let Some(begin) = have.iter().map(|range| range.start).min() else { return false };
-    let mut touching: Vec<LsnRange> =
-        have.iter().filter(|h| h.start < range.end && h.end > range.start).copied().collect();
-    range.start >= begin && covered_until(range.start, &mut touching) < range.end
+impl Lacks {
+    /// The one that is waited for longest.
+    fn or(self, other: Lacks) -> Lacks {
+        let rank = |lacks: &Lacks| match lacks {
+            Lacks::Nothing => 0,
+            Lacks::Lost(..) => 1,
+            Lacks::Ours => 2,
+            Lacks::Hole(..) => 3,
+        };
+        if rank(&self) > rank(&other) { self } else { other }
+    }
 }
 
-async fn objects(
-    path: &WalPath,
-    location: usize,
-    branch: Branch,
-) -> Result<Vec<(LsnRange, ObjectName)>> {
-    let place = path.context.writers[location].location();
-    let listed = place.list(&folder::branch(path.context.system, branch)).await?;
-    let wal = |name: Option<ObjectName>| match name {
-        Some(name @ ObjectName::Wal { range, .. }) => Some((range, name)),
-        _ => None,
+/// What of `branch` a gap says is nowhere.
+fn lost(gap: &Kept, branch: Branch) -> Option<LsnRange> {
+    let is_of = gap.branch.is_none_or(|of| of == branch);
+    let range = match gap.cause {
+        // That branch begins there.
+        Cause::Diverged => LsnRange::new(Lsn::INVALID, gap.start),
+        Cause::Removed | Cause::Broken | Cause::Released => LsnRange::new(gap.start, gap.end),
     };
-    Ok(listed.into_iter().filter_map(|object| wal(object.name)).collect())
+    is_of.then_some(range)
+}
+
+/// What lies between `needed`, which is disjoint and sorted.
+fn unneeded(needed: &[LsnRange]) -> Vec<LsnRange> {
+    needed.windows(2).map(|two| LsnRange::new(two[0].end, two[1].start)).collect()
 }
 
 /// Stores an object of ours, with the wraps of its epoch before it.
@@ -275,40 +453,82 @@ mod tests {
         LsnRange::new(Lsn::new(start), Lsn::new(end))
     }
 
-    #[test]
-    fn holes_are_those_inside_what_is_there() {
-        let until = Lsn::new(100);
-        assert_eq!(first_hole(&mut [], until), None, "an empty location is not ours to fill");
-        assert_eq!(first_hole(&mut [range(10, 120)], until), None);
-        assert_eq!(first_hole(&mut [range(10, 50)], until), Some(range(50, 100)));
-        assert_eq!(first_hole(&mut [range(10, 50), range(60, 100)], until), Some(range(50, 60)));
+    fn branch() -> Branch {
+        "00000001-01020304".parse().unwrap()
+    }
+
+    fn known(has: &[LsnRange]) -> Known {
+        let (has, none) = (has.to_vec(), Vec::new());
+        Known {
+            has,
+            in_spool: none.clone(),
+            elsewhere: none.clone(),
+            gaps: none,
+            is_conclusive: true,
+        }
+    }
+
+    fn leg(start: u64, from: u64, end: u64) -> Leg {
+        Leg { branch: branch(), wanted: range(start, end), from: Lsn::new(from) }
     }
 
     #[test]
-    fn a_location_that_has_what_a_branch_grew_from_needs_it_from_its_beginning() {
-        let from = range(10, 10);
-        assert_eq!(first_hole(&mut [from], Lsn::new(100)), Some(range(10, 100)));
-        assert_eq!(first_hole(&mut [from, range(40, 120)], Lsn::new(100)), Some(range(10, 40)));
-        assert_eq!(first_hole(&mut [from, range(10, 120)], Lsn::new(100)), None);
-        assert!(fills(&[from, range(40, 120)], range(10, 30)));
+    fn what_it_has_is_not_lacking_nor_is_what_a_snapshot_has_closed() {
+        let all = known(&[range(10, 50), range(50, 120)]);
+        assert_eq!(all.lacks(&leg(10, 10, 100)), Lacks::Nothing);
+        let holed = known(&[range(10, 50), range(60, 120)]);
+        assert_eq!(holed.lacks(&leg(10, 10, 100)), Lacks::Lost(branch(), range(50, 60)));
+        assert_eq!(holed.lacks(&leg(10, 60, 100)), Lacks::Nothing);
+        assert_eq!(holed.lacks(&leg(10, 100, 100)), Lacks::Nothing);
     }
 
     #[test]
-    fn what_nobody_needs_is_no_hole() {
-        let mut have = vec![range(10, 20), range(50, 120)];
-        have.extend(unneeded(&[range(10, 20), range(50, u64::MAX)], &have));
-        assert_eq!(first_hole(&mut have, Lsn::new(100)), None);
-        let mut have = vec![range(10, 20), range(50, 120)];
-        have.extend(unneeded(&[range(10, 20), range(40, u64::MAX)], &have));
-        assert_eq!(first_hole(&mut have, Lsn::new(100)), Some(range(40, 50)));
+    fn what_another_has_or_may_have_is_waited_for() {
+        let mut known = known(&[range(10, 50)]);
+        known.elsewhere = vec![range(40, 70)];
+        assert_eq!(known.lacks(&leg(10, 10, 100)), Lacks::Hole(branch(), range(50, 100)));
+        known.has.push(range(40, 70));
+        assert_eq!(known.lacks(&leg(10, 10, 100)), Lacks::Lost(branch(), range(70, 100)));
+        known.is_conclusive = false;
+        assert_eq!(known.lacks(&leg(10, 10, 100)), Lacks::Hole(branch(), range(70, 100)));
+        known.gaps = vec![range(70, 200)];
+        assert_eq!(known.lacks(&leg(10, 10, 100)), Lacks::Nothing, "a gap on record");
     }
 
     #[test]
-    fn only_what_is_missing_is_copied() {
-        let have = [range(10, 50), range(60, 100)];
-        assert!(fills(&have, range(50, 60)));
-        assert!(fills(&have, range(40, 61)));
-        assert!(!fills(&have, range(20, 30)));
-        assert!(!fills(&have, range(0, 10)), "what is before the first may have been pruned");
+    fn a_hole_that_is_closed_hides_no_other() {
+        let mut known = known(&[range(10, 50), range(60, 80)]);
+        known.elsewhere = vec![range(80, 100)];
+        known.gaps = vec![range(50, 60)];
+        assert_eq!(known.lacks(&leg(10, 10, 100)), Lacks::Hole(branch(), range(80, 100)));
+        known.elsewhere.clear();
+        known.in_spool = vec![range(80, 100)];
+        assert_eq!(known.lacks(&leg(10, 10, 100)), Lacks::Ours);
+        known.in_spool = vec![range(80, 90)];
+        known.elsewhere = vec![range(90, 100)];
+        assert_eq!(known.lacks(&leg(10, 10, 100)), Lacks::Hole(branch(), range(90, 100)));
+    }
+
+    #[test]
+    fn a_branch_that_a_server_left_another_for_begins_where_it_did() {
+        let gap = |cause: Cause, branch: Option<Branch>| Kept {
+            start: Lsn::new(50),
+            end: Lsn::new(70),
+            cause,
+            detail: String::new(),
+            noticed: jiff::Timestamp::UNIX_EPOCH,
+            line: 1,
+            branch,
+        };
+        assert_eq!(lost(&gap(Cause::Diverged, Some(branch())), branch()), Some(range(0, 50)));
+        assert_eq!(lost(&gap(Cause::Removed, None), branch()), Some(range(50, 70)));
+        let other = "00000001-01020305".parse().unwrap();
+        assert_eq!(lost(&gap(Cause::Broken, Some(other)), branch()), None);
+    }
+
+    #[test]
+    fn between_snapshots_that_outlive_the_window_nothing_is_needed() {
+        let needed = [range(10, 20), range(50, 60), range(90, 1000)];
+        assert_eq!(unneeded(&needed), [range(20, 50), range(60, 90)]);
     }
 }

@@ -77,6 +77,12 @@ impl Gaps {
         self.read(number, is_told).map(Some)
     }
 
+    /// All that were met, told or not.
+    pub fn all(&self) -> Result<Vec<Kept>> {
+        let numbers = self.numbers()?.into_iter();
+        numbers.map(|(number, is_told)| self.read(number, is_told)).collect()
+    }
+
     /// In their order, and whether every location has been told.
     fn numbers(&self) -> Result<Vec<(u32, bool)>> {
         let doing = || format!("read {}", self.folder.display());

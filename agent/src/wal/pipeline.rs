@@ -198,11 +198,27 @@ impl Pipeline {
         self.close()
     }
 
-    /// Another line follows: what is left is cut, and what is no whole record goes, for it would wait for ever. Blocks.
+    /// Another line follows. Blocks.
     pub fn end(mut self) -> Result<()> {
+        self.trim()?;
+        self.close()
+    }
+
+    /// Cuts what is left, and lets go of what is no whole record at the end: as part of a line that has ended it would wait for
+    /// ever. Returns where the spool ends then. Blocks.
+    pub fn trim(&mut self) -> Result<Lsn> {
         let end = self.cut_rest()?;
         self.line.spool.truncate(end)?;
-        self.close()
+        if self.decoder.position() > end {
+            self.decode_from_spool()?;
+        }
+        let number = self.line.number;
+        self.path.board.update(|state| {
+            if state.current == number {
+                state.frontier.retract(end);
+            }
+        });
+        Ok(end)
     }
 
     fn close(self) -> Result<()> {
@@ -223,11 +239,13 @@ impl Pipeline {
             return Ok(self.cut_from);
         };
         // The beginning of a record that never came whole is no loss.
-        if *before < self.proven {
-            let range = LsnRange::new(*before, self.proven);
-            self.hand_over(Cut { range, ..cut.clone() });
+        let (range, cut) = (LsnRange::new(*before, self.proven.max(*before)), cut.clone());
+        self.withheld.clear();
+        self.cut_from = range.end;
+        if !range.is_empty() {
+            self.hand_over(Cut { range, ..cut });
         }
-        Ok(self.proven.max(*before))
+        Ok(self.cut_from)
     }
 
     /// Takes messages until the sender is gone or a fault, and then cuts what is left.
@@ -488,7 +506,7 @@ impl Pipeline {
             self.uncut.urge();
         }
         let number = self.line.number;
-        self.path.board.update(|state| {
+        self.path.board.receive(|state| {
             if state.current == number {
                 state.frontier.receive(to);
             }

@@ -43,6 +43,8 @@ fn give_up(path: &WalPath, line: &Line, until: Lsn) -> Result<()> {
     let gone = path.board.update(|state| state.shelf.give_up(line.number, until));
     path.sealed.remove(&gone)?;
     line.spool.forget(until)?;
+    // One that was listed meanwhile was listed from the old beginning.
+    path.board.update(|state| state.shelf.list_again(line.number, until));
     sync_folder(&path.root).context(format!("fsync {}", path.root.display()))?;
     tracing::warn!(%until, gap = %gap, "the oldest WAL in the spool was given up");
     Ok(())

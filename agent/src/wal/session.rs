@@ -198,6 +198,7 @@ impl Session {
     async fn skip(&mut self, position: Lsn, from: Lsn, cause: Cause, reason: String) -> Result<()> {
         let Some(pipeline) = &self.pipeline else { return Ok(()) };
         let (beginnings, branch) = (pipeline.line.beginnings.clone(), pipeline.line.branch());
+        let position = self.trim().await?.min(position);
         self.record_gap(LsnRange::new(position, from), cause, branch, reason).await?;
         self.broken = None;
         self.begin_line(beginnings, branch, from, Lsn::INVALID).await
@@ -305,6 +306,7 @@ impl Session {
             // The rest of an older timeline is gone; the next one may still be there.
             let decided = decide(line, Lsn::MAX, identity.timeline, history.as_deref())?;
             if let Decision::Switch { next, at } = decided {
+                let position = self.trim().await?.min(position);
                 let gap = LsnRange::new(position, at.max(position));
                 self.record_gap(gap, Cause::Removed, branch, reason).await?;
                 return self.switch(&mut connection, next, at).await;
@@ -315,6 +317,15 @@ impl Session {
             return Err(error.context(format!("WAL from {position} on, which the slot holds")));
         }
         self.skip(position, from, Cause::Removed, reason).await
+    }
+
+    /// The current line goes on no more. Returns where what is whole of it ends.
+    async fn trim(&mut self) -> Result<Lsn> {
+        let Some(mut pipeline) = self.pipeline.take() else { return Ok(Lsn::MAX) };
+        let trimmed = super::blocking(move || Ok((pipeline.trim()?, pipeline)));
+        let (end, pipeline) = trimmed.await?;
+        self.pipeline = Some(pipeline);
+        Ok(end)
     }
 
     /// Keeps those parts of a gap that no location has either.

@@ -98,19 +98,22 @@ pub struct Shelf {
     required: Vec<bool>,
     entries: BTreeMap<Key, Entry>,
     /// What each location holds of each line, once it has been listed.
-    coverage: HashMap<(usize, u32), Coverage>,
-    /// The locations that have all that precedes a line, as far as anybody has it.
-    whole: HashSet<(usize, u32)>,
+    listed: HashMap<(usize, u32), Listed>,
+}
+
+/// What a location holds of a line.
+#[derive(Debug)]
+struct Listed {
+    /// Where the spool began when it was listed.
+    begin: Lsn,
+    coverage: Coverage,
+    /// It has all that precedes `begin`, as far as anybody has it.
+    is_whole: bool,
 }
 
 impl Shelf {
     pub fn new(required: Vec<bool>) -> Shelf {
-        Shelf {
-            required,
-            entries: BTreeMap::new(),
-            coverage: HashMap::new(),
-            whole: HashSet::new(),
-        }
+        Shelf { required, entries: BTreeMap::new(), listed: HashMap::new() }
     }
 
     /// The locations that are waited for.
@@ -192,26 +195,33 @@ impl Shelf {
                 coverage.add(range);
             }
         }
-        self.coverage.insert((location, line), coverage);
+        self.listed.insert((location, line), Listed { begin, coverage, is_whole: false });
     }
 
-    /// `location` lacks nothing of what precedes `line` that it could have. From now on it counts.
-    pub fn complete(&mut self, location: usize, line: u32) {
-        self.whole.insert((location, line));
+    /// `location` lacks nothing of what precedes `begin` that it could have. From now on it counts, unless it has been listed
+    /// from elsewhere since.
+    pub fn complete(&mut self, location: usize, line: u32, begin: Lsn) {
+        if let Some(listed) = self.listed.get_mut(&(location, line)) {
+            listed.is_whole |= listed.begin == begin;
+        }
     }
 
     pub fn is_listed(&self, location: usize, line: u32) -> bool {
-        self.coverage.contains_key(&(location, line))
+        self.listed.contains_key(&(location, line))
+    }
+
+    pub fn is_listed_from(&self, location: usize, line: u32, begin: Lsn) -> bool {
+        self.listed.get(&(location, line)).is_some_and(|listed| listed.begin == begin)
     }
 
     /// The next object for `location`, whose line has been listed, of at most so many bytes. It counts as being sent
     /// until [`Shelf::sent`] or [`Shelf::failed`].
     pub fn next(&mut self, location: usize, bytes_max: u64) -> Option<Arc<Item>> {
-        let coverage = &self.coverage;
+        let listed = &self.listed;
         let entry = self.entries.values_mut().find(|e| {
             e.places[location] == Place::Waiting
                 && e.item.size <= bytes_max
-                && coverage.contains_key(&(location, e.item.line))
+                && listed.contains_key(&(location, e.item.line))
         })?;
         entry.places[location] = Place::Sending;
         Some(entry.item.clone())
@@ -219,8 +229,8 @@ impl Shelf {
 
     /// `location` has `item`. Returns the pieces that it may forget for that.
     pub fn sent(&mut self, location: usize, item: &Item) -> Vec<ObjectName> {
-        if let Some(coverage) = self.coverage.get_mut(&(location, item.line)) {
-            coverage.add(item.range);
+        if let Some(listed) = self.listed.get_mut(&(location, item.line)) {
+            listed.coverage.add(item.range);
         }
         let mut superfluous = Vec::new();
         for entry in self.line_mut(item.line) {
@@ -263,30 +273,37 @@ impl Shelf {
 
     /// How far `location` has all of `line` without a hole, and all that precedes it; 0/0 where that is not known or not so.
     pub fn frontier(&self, location: usize, line: u32) -> Lsn {
-        if !self.whole.contains(&(location, line)) {
-            return Lsn::INVALID;
+        let is_whole = self.listed.get(&(location, line)).is_some_and(|listed| listed.is_whole);
+        match is_whole && self.has_before(location, line) {
+            true => self.reach(location, line),
+            false => Lsn::INVALID,
         }
-        let done = |p: Place| matches!(p, Place::Stored | Place::Superseded);
+    }
+
+    /// True if `location` has all that is here of the lines before `line`.
+    pub fn has_before(&self, location: usize, line: u32) -> bool {
         let mut before = self.entries.values().take_while(|e| e.item.line < line);
-        if !before.all(|e| done(e.places[location])) {
-            return Lsn::INVALID;
-        }
-        self.coverage.get(&(location, line)).map_or(Lsn::INVALID, Coverage::end)
+        before.all(|entry| entry.is_done_at(location))
     }
 
     /// How far `location` has all of `line`, whatever it has of the lines before; 0/0 where that is not known.
     pub fn reach(&self, location: usize, line: u32) -> Lsn {
-        self.coverage.get(&(location, line)).map_or(Lsn::INVALID, Coverage::end)
+        self.listed.get(&(location, line)).map_or(Lsn::INVALID, |listed| listed.coverage.end())
     }
 
     /// The WAL of `line` before `until` is no longer here. Its objects are taken off the shelf, but for those that are on
     /// their way. Locations that lack some of it are to be listed anew.
     pub fn give_up(&mut self, line: u32, until: Lsn) -> Vec<Arc<Item>> {
-        self.coverage.retain(|(_, of), coverage| *of != line || coverage.end() >= until);
+        self.list_again(line, until);
         let is_sent = |e: &Entry| e.places.contains(&Place::Sending);
         let old = self.line_mut(line).filter(|e| e.item.range.end <= until && !is_sent(e));
         let gone: Vec<Key> = old.map(|e| e.item.key()).collect();
         gone.iter().filter_map(|key| self.entries.remove(key)).map(|e| e.item).collect()
+    }
+
+    /// Locations that lack some of `line` before `until` are to be listed anew.
+    pub fn list_again(&mut self, line: u32, until: Lsn) {
+        self.listed.retain(|(_, of), listed| *of != line || listed.coverage.end() >= until);
     }
 
     /// Takes off the shelf what every location that is waited for has: objects of `line` that end at or before `until`, and pieces for which
@@ -310,7 +327,7 @@ impl Shelf {
         let gone: Vec<Entry> = gone.iter().filter_map(|key| self.entries.remove(key)).collect();
         for entry in &gone {
             let missed = (0..self.required.len()).filter(|&l| !entry.is_done_at(l));
-            missed.for_each(|location| drop(self.coverage.remove(&(location, line))));
+            missed.for_each(|location| drop(self.listed.remove(&(location, line))));
         }
         gone.into_iter().map(|entry| entry.item).collect()
     }
@@ -372,7 +389,7 @@ mod tests {
     fn listed(locations: usize) -> Shelf {
         let mut shelf = Shelf::new(vec![true; locations]);
         (0..locations).for_each(|l| shelf.listed(l, 0, Lsn::new(16 * MIB), &[]));
-        (0..locations).for_each(|l| shelf.complete(l, 0));
+        (0..locations).for_each(|l| shelf.complete(l, 0, Lsn::new(16 * MIB)));
         shelf
     }
 
@@ -398,7 +415,7 @@ mod tests {
         assert!(shelf.next(0, u64::MAX).is_none());
         assert_eq!(shelf.frontier(0, 0), Lsn::INVALID);
         shelf.listed(0, 0, Lsn::new(16 * MIB), &[]);
-        shelf.complete(0, 0);
+        shelf.complete(0, 0, Lsn::new(16 * MIB));
         assert!(shelf.next(0, u64::MAX).is_some());
     }
 
@@ -413,7 +430,7 @@ mod tests {
         assert!(shelf.next(0, u64::MAX).is_none());
         assert_eq!(shelf.frontier(0, 0), Lsn::INVALID, "what precedes the line may be missing");
         assert_eq!(shelf.reach(0, 0), Lsn::new(48 * MIB));
-        shelf.complete(0, 0);
+        shelf.complete(0, 0, Lsn::new(16 * MIB));
         assert_eq!(shelf.frontier(0, 0), Lsn::new(48 * MIB));
     }
 
@@ -557,6 +574,13 @@ mod tests {
         shelf.listed(1, 0, Lsn::new(48 * MIB), &[]);
         assert_eq!(shelf.next(1, u64::MAX).map(|i| i.id), Some(new.id));
         shelf.sent(1, &new);
+        shelf.complete(1, 0, Lsn::new(16 * MIB));
+        assert_eq!(
+            shelf.frontier(1, 0),
+            Lsn::INVALID,
+            "it was complete up to where it began before"
+        );
+        shelf.complete(1, 0, Lsn::new(48 * MIB));
         assert_eq!(shelf.frontier(1, 0), Lsn::new(64 * MIB));
         // What is under way is not taken from under the sender.
         let mut shelf = listed(1);
@@ -602,7 +626,7 @@ mod tests {
         shelf.add(item(0, 16, 18));
         shelf.add(item(1, 16, 32));
         shelf.listed(0, 1, Lsn::new(16 * MIB), &[]);
-        shelf.complete(0, 1);
+        shelf.complete(0, 1, Lsn::new(16 * MIB));
         let (old, new) = (shelf.next(0, u64::MAX).unwrap(), shelf.next(0, u64::MAX).unwrap());
         shelf.sent(0, &new);
         assert_eq!(shelf.frontier(0, 1), Lsn::INVALID);

@@ -146,7 +146,7 @@ impl Shipper {
         let found = self.believed(line, found).await?;
         self.path.board.update(|s| s.shelf.listed(self.location, line.number, begin, &found));
         self.succeeded();
-        fill::spawn(&self.path, self.location, line, branch);
+        fill::spawn(&self.path, self.location, line, (branch, begin));
         Ok(())
     }
 

@@ -20,6 +20,8 @@ const FIRST_RECORD_PATIENCE: Duration = Duration::from_secs(20);
 const FIRST_RECORD_WITHIN: u64 = 4 << 20;
 /// How long the server may take to send WAL that is compared.
 const COMPARE_PATIENCE: Duration = Duration::from_secs(60);
+/// How long a refusal of WAL that is gone is waited for.
+const HELD_PATIENCE: Duration = Duration::from_secs(5);
 
 /// What the bytes say of a branch whose origin agrees.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -129,7 +131,8 @@ impl Session {
     /// If the server no longer has what the location lacks that has the least, that one is filled from another.
     async fn as_far_as_held(&self, timeline: TimelineId, mut found: Joinable) -> Result<Joinable> {
         let first = LsnRange::new(found.least, found.least.add(1));
-        let read = tokio::time::timeout(COMPARE_PATIENCE, self.read(timeline, first)).await;
+        // A server that does not have it yet says nothing for a while, one that no longer has it refuses.
+        let read = tokio::time::timeout(HELD_PATIENCE, self.read(timeline, first)).await;
         if matches!(read, Ok(Err(error)) if is_gone(&error)) {
             found.least = found.furthest;
         }
