@@ -8,6 +8,7 @@ use crate::writer::Writer;
 use backstay_common::config::Settings;
 use backstay_common::id::SystemId;
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use tokio_util::sync::CancellationToken;
 
 /// Settings and the things made from them. Shared by all tasks of one agent.
@@ -21,6 +22,8 @@ pub struct AgentContext {
     /// In the order of the config.
     pub writers: Vec<Arc<Writer>>,
     pub epochs: Arc<Epochs>,
+    /// PostgreSQL has said that no commit waits for our spool.
+    pub nobody_waits: AtomicBool,
     pub alarms: Arc<Alarms>,
     /// The systems that the cluster has had, for prune.
     pub systems: Systems,

@@ -70,6 +70,7 @@ pub async fn run(settings: Settings) -> Result<()> {
         segment_size: server.segment_size,
         writers,
         epochs,
+        nobody_waits: Default::default(),
         alarms,
         systems: Systems::default(),
         strays: Default::default(),

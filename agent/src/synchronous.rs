@@ -9,6 +9,7 @@ use backstay_common::config::{Acknowledge, Settings};
 use backstay_common::postgres::{Connection, Mode};
 use backstay_common::{Context, Result};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 const LOOK_EVERY: Duration = Duration::from_secs(30);
@@ -17,13 +18,21 @@ const ALARM: &str = "synchronous-spool";
 /// Looks every half minute until the agent stops. A server that cannot be asked changes nothing.
 pub async fn watch(context: Arc<AgentContext>) -> Result<()> {
     if context.settings.durability.acknowledge != Acknowledge::Spool {
+        // For locations, if at all.
+        context.nobody_waits.store(true, Ordering::Relaxed);
         context.stop.cancelled().await;
         return Ok(());
     }
     loop {
         match is_waited_for(&context.settings).await {
-            Ok(true) => context.alarms.raise(ALARM, "", WEAK),
-            Ok(false) => context.alarms.clear(ALARM, ""),
+            Ok(true) => {
+                context.nobody_waits.store(false, Ordering::Relaxed);
+                context.alarms.raise(ALARM, "", WEAK);
+            }
+            Ok(false) => {
+                context.nobody_waits.store(true, Ordering::Relaxed);
+                context.alarms.clear(ALARM, "");
+            }
             Err(error) => tracing::debug!(%error, "synchronous_standby_names cannot be read"),
         }
         tokio::select! {

@@ -12,7 +12,7 @@ use backstay_common::pgtime::PgTime;
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
 
 /// The shared state. Lost with the process: the spool and the locations have all that matters.
 #[derive(Debug)]
@@ -20,6 +20,8 @@ pub struct Board {
     state: Mutex<State>,
     policy: Acknowledge,
     bell: watch::Sender<u64>,
+    /// Bytes have come into the spool.
+    arrivals: Notify,
 }
 
 #[derive(Debug)]
@@ -92,7 +94,8 @@ impl Board {
             server: Server::default(),
             health: vec![Health::default(); locations],
         };
-        Board { state: Mutex::new(state), policy, bell: watch::Sender::new(0) }
+        let (state, bell) = (Mutex::new(state), watch::Sender::new(0));
+        Board { state, policy, bell, arrivals: Notify::new() }
     }
 
     /// Changes the state, brings what follows from it up to date, and rings the bell.
@@ -105,6 +108,26 @@ impl Board {
         };
         self.ring();
         result
+    }
+
+    /// Bytes have come: many times a second, and mostly nobody waits for it but the fsync.
+    pub fn receive(&self, change: impl FnOnce(&mut State)) {
+        let is_news = {
+            let mut state = self.state.lock().expect("no panic while held");
+            let before = (state.frontier.acknowledged(), state.server.leaving.is_some());
+            change(&mut state);
+            state.settle(self.policy);
+            before != (state.frontier.acknowledged(), state.server.leaving.is_some())
+        };
+        self.arrivals.notify_one();
+        if is_news {
+            self.ring();
+        }
+    }
+
+    /// Returns when bytes have come since the last time. For one task.
+    pub async fn arrival(&self) {
+        self.arrivals.notified().await;
     }
 
     /// Changes what no other task waits for.

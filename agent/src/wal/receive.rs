@@ -146,7 +146,7 @@ impl Receiver {
     }
 
     fn note_server(&self, end: Lsn, clock: PgTime, is_quiet: bool) {
-        self.path.board.update(|state| {
+        self.path.board.update_quietly(|state| {
             state.server.end = end;
             state.server.clock = Some(clock);
             if is_quiet {

@@ -53,6 +53,7 @@ fn path(state: &Path, policy: &str) -> Arc<WalPath> {
         systems: Default::default(),
         strays: Default::default(),
         damage: Default::default(),
+        nobody_waits: Default::default(),
         alarms: Arc::default(),
         stop: CancellationToken::new(),
         settings,
