@@ -145,7 +145,7 @@ async fn damage_is_told_from_tears(scene: &Scene, major: Major) -> Result<()> {
     let least = Duration::from_secs_f64(bytes as f64 / RATE as f64 * 0.8);
     let took = started.elapsed();
     ensure!(took > least, "{} MiB came in {took:?}, faster than 6 MiB/s", bytes >> 20);
-    ensure!(took < least * 3 + Duration::from_secs(10), "{} MiB took {took:?}", bytes >> 20);
+    ensure!(took < least * 3 + Duration::from_secs(60), "{} MiB took {took:?}", bytes >> 20);
     // All of it was sent again, and little of it stored.
     let stored = outcome["stored_bytes"].as_u64().context("stored_bytes")?;
     ensure!(outcome["parent"].is_string() && stored < bytes / 12, "{outcome}");

@@ -102,7 +102,7 @@ async fn there_and_back(scene: &Scene, _: Major) -> Result<()> {
     site.ledger.wait_for(100, PATIENCE).await?;
     standby.catch_up(&site.cluster, PATIENCE).await?;
     standby.cut_off(PATIENCE).await?;
-    site.ledger.wait_for(100, PATIENCE).await?;
+    site.ledger.wait_for(600, PATIENCE).await?;
     site.ledger.stop().await?;
     site.all_stored().await?;
     let before = agent.status().await?["snapshots"]["last"].clone();

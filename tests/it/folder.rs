@@ -127,13 +127,26 @@ pub fn mount_again(away: &Path, location: &Path) -> Result<()> {
 
 /// The names of objects whose name contains this, in order.
 pub fn named(root: &Path, part: &str) -> Result<Vec<String>> {
-    Ok(objects(root)?.into_keys().filter(|name| name.contains(part)).collect())
+    let mut names = Vec::new();
+    for path in files(root)? {
+        let name = path.strip_prefix(root)?.to_string_lossy().into_owned();
+        if name.contains(part) && name.parse::<ObjectName>().is_ok() {
+            names.push(name);
+        }
+    }
+    names.sort_unstable();
+    Ok(names)
 }
 
 /// A copy of a location, for damage.
 pub fn copy(from: &Path, to: &Path) -> Result<()> {
-    let _ = std::fs::remove_dir_all(to);
-    let done = std::process::Command::new("cp").arg("-a").arg(from).arg(to).status()?;
-    ensure!(done.success(), "cp failed");
-    Ok(())
+    for _ in 0..20 {
+        let _ = std::fs::remove_dir_all(to);
+        let copied = std::process::Command::new("cp").arg("-a").arg(from).arg(to).status()?;
+        // Else something went that was there when the folder was listed.
+        if copied.success() {
+            return Ok(());
+        }
+    }
+    bail!("cp of {} failed", from.display())
 }

@@ -29,11 +29,11 @@ async fn acknowledged_transactions_survive_a_kill(scene: &Scene, major: Major) -
     let mut cluster = Cluster::build(scene, &major).start().await?;
     let mut ledger = Ledger::create(&cluster, Load::default(), scene.random()).await?;
     ledger.start(&cluster);
-    tokio::time::sleep(Duration::from_secs(2)).await;
+    ledger.wait_for(150, Duration::from_secs(120)).await?;
     let before_the_kill = Instant::now();
     cluster.kill()?;
     cluster.start().await?;
-    ledger.wait_for(50, Duration::from_secs(20)).await?;
+    ledger.wait_for(50, Duration::from_secs(120)).await?;
     ledger.stop().await?;
     ensure!(ledger.acknowledged() > 100, "only {} transactions", ledger.acknowledged());
 
@@ -58,7 +58,7 @@ async fn a_wrong_row_fails_the_check(scene: &Scene, major: Major) -> Result<()> 
     let cluster = Cluster::build(scene, &major).start().await?;
     let mut ledger = Ledger::create(&cluster, Load::default(), scene.random()).await?;
     ledger.start(&cluster);
-    ledger.wait_for(400, Duration::from_secs(30)).await?;
+    ledger.wait_for(400, Duration::from_secs(120)).await?;
     ledger.stop().await?;
     let session = cluster.connect().await?;
     ledger.check(&session, &Target::All).await?;
@@ -117,13 +117,13 @@ async fn every_kind_of_target_is_judged(scene: &Scene, major: Major) -> Result<(
     cluster.start().await?;
     let session = cluster.connect().await?;
     ledger.start(&cluster);
-    ledger.wait_for(200, Duration::from_secs(20)).await?;
+    ledger.wait_for(200, Duration::from_secs(120)).await?;
     let moment = ledger.moment(&session).await?;
-    ledger.wait_for(200, Duration::from_secs(20)).await?;
+    ledger.wait_for(200, Duration::from_secs(120)).await?;
     let xid = ledger.last_acknowledged().map(|t| t.entry.xid).unwrap_or_default();
-    ledger.wait_for(200, Duration::from_secs(20)).await?;
+    ledger.wait_for(200, Duration::from_secs(120)).await?;
     ledger.restore_point(&session, "here").await?;
-    ledger.wait_for(200, Duration::from_secs(20)).await?;
+    ledger.wait_for(200, Duration::from_secs(120)).await?;
     ledger.stop().await?;
     drop(session);
     cluster.stop().await?;
@@ -139,7 +139,7 @@ async fn every_kind_of_target_is_judged(scene: &Scene, major: Major) -> Result<(
     for (kind, value, target) in &targets {
         let mut restored = recovered(scene, &base, &archive, kind, value)?;
         restored.start().await?;
-        restored.wait_until_writable(Duration::from_secs(60)).await?;
+        restored.wait_until_writable(Duration::from_secs(120)).await?;
         let session = restored.connect().await?;
         let report = ledger.check(&session, target).await?;
         ensure!(report.left_out >= 150, "{kind}: {report:?}");

@@ -370,8 +370,8 @@ async fn times_as_people_write_them(scene: &Scene, major: Major) -> Result<()> {
     }
     // Before the first snapshot: out of reach, and the nearest moment is told.
     site.deployment.backstay(&["plan", "--to", "10m ago"]).await?.expect(3)?.says(&["snapshot"])?;
-    tokio::time::sleep(std::time::Duration::from_secs(3)).await;
-    site.deployment.backstay(&["plan", "--to", "2s ago"]).await?.success()?;
+    tokio::time::sleep(std::time::Duration::from_secs(14)).await;
+    site.deployment.backstay(&["plan", "--to", "12s ago"]).await?.success()?;
     Ok(())
 }
 on_drawn_major!(times_as_people_write_them);

@@ -82,7 +82,9 @@ async fn servers_that_cannot_be_backed_up(scene: &Scene, major: Major) -> Result
     }
     cluster.start().await?;
     deployment.agent_command(&["init"]).await?.success()?;
+    no_walsender(&cluster).await?;
     deployment.agent_command(&["check"]).await?.success()?;
+    no_walsender(&cluster).await?;
 
     // Somebody else has the one walsender; then only the one slot.
     let conninfo = Conninfo::parse(&cluster.conninfo())?;
@@ -90,6 +92,7 @@ async fn servers_that_cannot_be_backed_up(scene: &Scene, major: Major) -> Result
     let refused = deployment.agent_command(&["check"]).await?.expect(6)?;
     refused.says(&["max_wal_senders", "remedy"])?;
     drop(other);
+    no_walsender(&cluster).await?;
     cluster.sql("SELECT pg_create_physical_replication_slot('theirs')").await?;
     let refused = deployment.agent_command(&["check"]).await?.expect(6)?;
     refused.says(&["slot", "remedy", "max_replication_slots"])?;
@@ -102,6 +105,7 @@ async fn servers_that_cannot_be_backed_up(scene: &Scene, major: Major) -> Result
     deployment.configure(&plain)?;
     let mut granted = 0;
     loop {
+        no_walsender(&cluster).await?;
         let finished = deployment.agent_command(&["check"]).await?;
         if finished.code == Some(0) {
             break;
@@ -128,6 +132,7 @@ async fn servers_that_cannot_be_backed_up(scene: &Scene, major: Major) -> Result
     agent.wait_until("there is a snapshot", PATIENCE, has_snapshot).await?;
     agent.kill()?;
     let slot = cluster.value("SELECT slot_name FROM pg_replication_slots").await?;
+    no_walsender(&cluster).await?;
     let mut thief = Connection::connect(&conninfo, Mode::Replication).await?;
     let at = thief.identify_system().await?.flush;
     let segment = Lsn::new(at.get() / (16 << 20) * (16 << 20));
@@ -143,6 +148,18 @@ async fn servers_that_cannot_be_backed_up(scene: &Scene, major: Major) -> Result
     Ok(())
 }
 on_drawn_major!(servers_that_cannot_be_backed_up);
+
+/// A backend ends somewhat after its client.
+async fn no_walsender(cluster: &Cluster) -> Result<()> {
+    let count = "SELECT (SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'walsender') \
+         + (SELECT count(*) FROM pg_replication_slots WHERE active)";
+    let deadline = std::time::Instant::now() + PATIENCE;
+    while cluster.value(count).await? != "0" {
+        ensure!(std::time::Instant::now() < deadline, "a walsender stays");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    Ok(())
+}
 
 /// A location that refuses writes, that was never initialised, that is not mounted; the last while the agent runs.
 async fn locations_that_are_not_there(scene: &Scene, major: Major) -> Result<()> {
@@ -187,6 +204,8 @@ async fn locations_that_are_not_there(scene: &Scene, major: Major) -> Result<()>
         .await?
         .expect(5)?
         .says(&["far", "remedy", "mount"])?;
+    // What a write under way has left.
+    let _ = std::fs::remove_dir_all(&mounted);
     std::fs::create_dir(&mounted)?;
     site.deployment.agent_command(&["check"]).await?.expect(5)?.says(&["far", "remedy"])?;
     let told = |status: &Value| {

@@ -202,11 +202,14 @@ async fn a_torn_page_is_no_damage(scene: &Scene, major: Major) -> Result<()> {
     let configuration = configuration(scene, &cluster)?;
     let mut site = Site::of(scene, cluster, configuration).await?;
     site.ledger.stop().await?;
-    site.cluster
-        .sql("CREATE TABLE torn AS SELECT n, md5(n::text) AS m FROM generate_series(1, 2000) n")
-        .await?;
-    site.cluster.sql("CHECKPOINT").await?;
     for number in 1..=TEARS_MAX {
+        for statement in [
+            "DROP TABLE IF EXISTS torn",
+            "CREATE TABLE torn AS SELECT n, md5(n::text) AS m FROM generate_series(1, 2000) n",
+            "CHECKPOINT",
+        ] {
+            site.cluster.sql(statement).await?;
+        }
         let torn = snapshot_with_a_tear(&mut site).await?;
         site.all_stored().await?;
         let dir = scene.path(&format!("restored-{number}"));

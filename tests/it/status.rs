@@ -44,7 +44,8 @@ async fn the_frontier_and_the_snapshots(scene: &Scene, major: Major) -> Result<(
     ensure!(status["snapshots"]["last_error"].is_null(), "{status}");
     let next: jiff::Timestamp = status["snapshots"]["next"].as_str().context("next")?.parse()?;
     let next = next.to_zoned(jiff::tz::TimeZone::UTC);
-    ensure!((next.hour(), next.minute()) == (2, 0), "next at {next} and not at 02:00 UTC");
+    let parts = (next.month(), next.day(), next.hour(), next.minute());
+    ensure!(parts == (1, 1, 3, 0), "next at {next} and not as scheduled");
     ensure!(status["alarms"] == Value::Array(Vec::new()), "{status}");
     for location in status["wal"]["locations"].as_array().context("locations")? {
         ensure!(location["behind_seconds"].is_number(), "{location}");
@@ -83,21 +84,27 @@ async fn a_missed_run_is_caught_up(scene: &Scene, major: Major) -> Result<()> {
     let configuration = configuration(scene, &cluster)?.snapshot("schedule", "* * * * *");
     let deployment = Deployment::new(scene, "backup", &configuration).await?;
     // Early in a minute, so that the first snapshot and the restart fall into the same one.
-    while !(1..30).contains(&utc().second()) {
+    while !(1..5).contains(&utc().second()) {
         tokio::time::sleep(Duration::from_millis(100)).await;
     }
+    let mut minute = utc().minute();
     let mut agent = deployment.init_and_run().await?;
     let first = last(&agent.wait_until("there is a snapshot", PATIENCE, has_snapshot).await?)?;
     if full() {
         let next =
             |status: &Value| has_snapshot(status) && last(status).is_ok_and(|id| id != first);
         agent.wait_until("the schedule's snapshot", Duration::from_secs(90), next).await?;
+        minute = utc().minute();
     }
     let newest = last(&agent.status().await?)?;
     agent.terminate(PATIENCE).await?;
     agent.restart().await?;
     tokio::time::sleep(Duration::from_secs(3)).await;
-    ensure!(last(&agent.status().await?)? == newest, "a snapshot that nobody missed was caught up");
+    let now = last(&agent.status().await?)?;
+    // When the next minute has come it has its run.
+    let is_over = utc().minute() != minute;
+    ensure!(is_over || now == newest, "a snapshot that nobody missed was caught up");
+    let newest = now;
     agent.terminate(PATIENCE).await?;
 
     wait_for_another_minute().await;
@@ -106,11 +113,11 @@ async fn a_missed_run_is_caught_up(scene: &Scene, major: Major) -> Result<()> {
     let caught_up =
         |status: &Value| has_snapshot(status) && last(status).is_ok_and(|id| id != newest);
     let status =
-        agent.wait_until("the missed run is caught up", Duration::from_secs(25), caught_up).await?;
+        agent.wait_until("the missed run is caught up", Duration::from_secs(50), caught_up).await?;
     let began = last(&status)?.parse::<backstay_common::id::SnapshotId>();
     let began = began.map_err(|_| anyhow::anyhow!("not a snapshot: {status}"))?.began();
     let after = began.duration_since(restarted).as_secs();
-    ensure!((-1..25).contains(&after), "it began {after} s after the restart");
+    ensure!((-1..50).contains(&after), "it began {after} s after the restart");
     Ok(())
 }
 on_drawn_major!(a_missed_run_is_caught_up);

@@ -63,6 +63,10 @@ async fn a_best_effort_location_that_is_down_delays_nothing(
     let outcome = site.deployment.agent_command(&["snapshot", "--json"]).await?.expect(0)?;
     ensure!(outcome.json()?["pending"].to_string().contains("s3"), "{}", outcome.stdout);
     site.ledger.stop().await?;
+    let end = site.cluster.value("SELECT pg_current_wal_flush_lsn()").await?;
+    let end = end.parse().context("lsn")?;
+    let has_all = |status: &Value| stored(status).is_ok_and(|stored| stored[0] >= end);
+    site.agent.wait_until("google has it all", PATIENCE, has_all).await?;
     let (restored, _) = site.restore_and_start("copy", "latest", &[]).await?;
     site.judge(&restored, &Target::All).await?;
     bucket.faults().refuse(false);

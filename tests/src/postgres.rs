@@ -24,10 +24,14 @@ use rustix::process::{Pid, Signal};
 use std::fmt::Display;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 /// How long a server may take to start (with recovery) or to stop.
-const PATIENCE: Duration = Duration::from_secs(90);
+const PATIENCE: Duration = Duration::from_secs(180);
+/// The kernel gives none of these to clients.
+const PORTS: std::ops::Range<u64> = 10_000..32_000;
 const POLL: Duration = Duration::from_millis(50);
 
 /// The superuser of every cluster made here.
@@ -341,10 +345,16 @@ fn run(mut command: Command, doing: impl Display) -> Result<()> {
 }
 
 /// A loopback port that is free now, below the range from which outgoing connections draw.
+/// None twice in one process: a port that was given away may be bound only later.
 fn free_port() -> Result<u16> {
-    let mut random = Random::of(&format!("{}-{:?}", std::process::id(), Instant::now()));
-    for _ in 0..100 {
-        let port = random.range(10_000..32_000) as u16;
+    static NEXT: OnceLock<AtomicU64> = OnceLock::new();
+    let next = NEXT.get_or_init(|| {
+        let seed = format!("{}-{:?}", std::process::id(), Instant::now());
+        Random::of(&seed).below(PORTS.end - PORTS.start).into()
+    });
+    for _ in 0..1000 {
+        let number = next.fetch_add(1, Ordering::Relaxed) % (PORTS.end - PORTS.start);
+        let port = (PORTS.start + number) as u16;
         if std::net::TcpListener::bind(("127.0.0.1", port)).is_ok() {
             return Ok(port);
         }

@@ -14,7 +14,7 @@ use std::sync::{Condvar, Mutex, PoisonError};
 use std::time::Duration;
 
 /// A scene that takes longer has failed.
-const TIME_LIMIT: Duration = Duration::from_secs(300);
+const TIME_LIMIT: Duration = Duration::from_secs(900);
 
 /// The same where every case is to run, and some scenes do much more.
 const TIME_LIMIT_FULL: Duration = Duration::from_secs(1200);
@@ -149,7 +149,7 @@ impl Drop for Scene {
 /// Plays one test. `name` tells its randomness from that of others.
 ///
 /// # Panics
-/// If the test fails or takes longer than five minutes.
+/// If the test fails or takes longer than fifteen minutes.
 pub fn play(name: &str, test: impl AsyncFnOnce(&Scene) -> Result<()>) {
     let _turn = Turn::wait();
     let scene = Scene::make(name).expect("a folder for the scene");

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 const KILLS_MAX: usize = 5;
 const MESSAGE_BYTES: u64 = 48 << 20;
 /// How long a kill waits for its moment.
-const PATIENCE: Duration = Duration::from_secs(10);
+const PATIENCE: Duration = Duration::from_secs(60);
 /// When the replicated transaction was committed where it came from.
 pub const REPLICATED_TIME: &str = "2001-02-03 04:05:06Z";
 
@@ -217,7 +217,10 @@ impl Workload {
             let session = cluster.connect().await?;
             session.batch_execute(&format!("ALTER SYSTEM SET full_page_writes = {value}")).await?;
             session.batch_execute("SELECT pg_reload_conf()").await?;
-            // The checkpointer learns of it on its own.
+            // The checkpointer learns of it on its own; a new session shows what the postmaster knows.
+            while cluster.value("SHOW full_page_writes").await? != value {
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
             tokio::time::sleep(Duration::from_millis(200)).await;
             session.batch_execute("CHECKPOINT").await?;
         }

@@ -151,6 +151,8 @@ impl<'a> Builder<'a> {
             ("shared_buffers", "16MB".to_owned()),
             ("max_connections", "40".to_owned()),
             ("track_commit_timestamp", "on".to_owned()),
+            // It comes up to a minute after the start, wherever a scene then is. Who wants it turns it on.
+            ("autovacuum", "off".to_owned()),
             ("log_line_prefix", "%m [%p] %b ".to_owned()),
             ("password_encryption", "scram-sha-256".to_owned()),
             // A segment of 64 MiB or more needs room for two.
