@@ -83,6 +83,10 @@ impl Connection {
             Some(name) => format!("SLOT {} ", slot_name(name)?),
             None => String::new(),
         };
+        if self.server_version_num()? < 150_000 {
+            // A standby of 14 streams only over a connection that has asked this.
+            self.identify_system().await?;
+        }
         self.begin()?;
         let command = format!("START_REPLICATION {slot}PHYSICAL {start} TIMELINE {timeline}");
         let doing = format!("{}: stream timeline {timeline} from {start}", self.label);
