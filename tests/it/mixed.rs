@@ -246,7 +246,9 @@ fn differing(expected: &State, found: &State) -> Vec<(String, Option<String>, Op
 async fn state(cluster: &Cluster) -> Result<State> {
     let mut state = State::new();
     let session = cluster.connect().await?;
-    let databases = "SELECT datname FROM pg_database WHERE NOT datistemplate ORDER BY 1";
+    // -2: DROP DATABASE has begun, and cannot be undone.
+    let databases = "SELECT datname FROM pg_database \
+                     WHERE NOT datistemplate AND datconnlimit <> -2 ORDER BY 1";
     for database in session.rows(databases).await?.into_iter().flatten() {
         let session = cluster.connect_to(&database).await?;
         let tables = "SELECT relname FROM pg_class WHERE relkind IN ('r', 'm') AND relpersistence = 'p' \

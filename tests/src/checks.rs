@@ -22,7 +22,9 @@ pub async fn check_all(cluster: &Cluster) -> Result<Checked> {
     let databases = cluster
         .connect()
         .await?
-        .rows("SELECT datname FROM pg_database WHERE datallowconn ORDER BY 1")
+        .rows(
+            "SELECT datname FROM pg_database WHERE datallowconn AND datconnlimit <> -2 ORDER BY 1",
+        )
         .await?;
     let mut checked = Checked::default();
     for name in databases.into_iter().flatten() {

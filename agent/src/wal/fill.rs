@@ -165,11 +165,15 @@ impl Filling {
         let own = Stock::of(&self.path, self.location).await?;
         // Pieces of before a restart, of which the shelf knows nothing.
         self.tidy(own.at(self.location).unwrap_or_default()).await;
-        // What it has by itself is enough in most cases, and tells without the others.
         let legs = self.legs(&own).await?;
         let has = own.at(self.location).unwrap_or_default();
         let is_new = !has.iter().any(|name| matches!(name, ObjectName::Wal { .. }));
-        if is_new || self.is_enough(&legs, has) {
+        // Mostly what it has from its newest snapshot on is enough, and the others need not be asked.
+        let is_closed = legs.iter().any(|leg| leg.from > leg.wanted.start);
+        if is_closed && has_from(&legs, has, |leg| leg.from) {
+            self.complete();
+        }
+        if is_new || is_closed && has_from(&legs, has, |leg| leg.wanted.start) {
             return Ok(Lacks::Nothing);
         }
         let stock = Stock::list(&self.path).await;
@@ -198,10 +202,9 @@ impl Filling {
             .map_err(|reason| Error::new(Kind::Local, reason))?;
         pasts.entry(self.branch).or_insert(Past { ancestors, covered: Vec::new() });
         let line = line_of(self.branch, &pasts);
-        let snapshot = self.newest_snapshot(|branch, from| {
-            line.leaves(branch).is_some_and(|to| from < to.min(self.begin))
-        });
-        let snapshot = snapshot.await?;
+        let begin = self.begin;
+        let is_on = |branch, from| line.leaves(branch).is_some_and(|to: Lsn| from < to.min(begin));
+        let snapshot = self.newest_snapshot(is_on).await?;
         let closed = snapshot.and_then(|(branch, from)| Some((line.index_of(branch)?, from)));
         let size = self.path.context.segment_size;
         let has = stock.at(self.location).unwrap_or_default();
@@ -226,7 +229,7 @@ impl Filling {
 
     /// Where the newest snapshot begins that the location has and that `is_on` the line.
     async fn newest_snapshot(
-        &self,
+        &mut self,
         is_on: impl Fn(Branch, Lsn) -> bool,
     ) -> Result<Option<(Branch, Lsn)>> {
         let listed = self.place().list(&folder::snapshots(self.path.context.system)).await?;
@@ -235,30 +238,22 @@ impl Filling {
             names.filter(|name| matches!(name, ObjectName::Manifest { .. })).collect();
         names.sort_unstable();
         for name in names.iter().rev().take(SNAPSHOTS_MAX) {
-            let (branch, from) = match self.snapshots.get(name) {
-                Some(known) => *known,
-                None => match self.place().get(name).await.and_then(|b| read_plain(&b, name)) {
-                    Ok((_, plain)) => (plain.branch, plain.start),
+            if !self.snapshots.contains_key(name) {
+                match self.place().get(name).await.and_then(|bytes| read_plain(&bytes, name)) {
+                    Ok((_, plain)) => {
+                        self.snapshots.insert(name.clone(), (plain.branch, plain.start));
+                    }
                     Err(error) if error.kind() == Kind::Storage => return Err(error),
                     // Gone, or damaged.
                     Err(_) => continue,
-                },
-            };
+                }
+            }
+            let (branch, from) = self.snapshots[name];
             if is_on(branch, from) {
                 return Ok(Some((branch, from)));
             }
         }
         Ok(None)
-    }
-
-    /// True if the location has all that it must, from its newest snapshot on.
-    fn is_enough(&self, legs: &[Leg], has: &[ObjectName]) -> bool {
-        let is_closed = legs.iter().any(|leg| leg.from > leg.wanted.start);
-        let is_there = |leg: &Leg| {
-            let must = LsnRange::new(leg.from, leg.wanted.end);
-            uncovered(must, ranges(has, leg.branch).collect()).is_empty()
-        };
-        is_closed && legs.iter().all(is_there)
     }
 
     /// Copies what the location should have, only others have, and is not on its way from our spool. Returns what came.
@@ -367,6 +362,14 @@ impl Filling {
     }
 }
 
+/// True if nothing of the legs is missing, of each from where `from` says.
+fn has_from(legs: &[Leg], has: &[ObjectName], from: impl Fn(&Leg) -> Lsn) -> bool {
+    legs.iter().all(|leg| {
+        let range = LsnRange::new(from(leg), leg.wanted.end);
+        uncovered(range, ranges(has, leg.branch).collect()).is_empty()
+    })
+}
+
 /// What is known of a branch's WAL.
 #[derive(Debug)]
 struct Known {
@@ -385,9 +388,8 @@ impl Known {
         for hole in uncovered(LsnRange::new(leg.from, leg.wanted.end), self.has.clone()) {
             for left in uncovered(hole, self.in_spool.clone()) {
                 let unknown = uncovered(left, self.elsewhere.clone());
-                let gone = unknown.iter().flat_map(|part| uncovered(*part, self.gaps.clone()));
-                let gone = gone.collect::<Vec<_>>().first().copied();
-                let found = match gone {
+                let mut gone = unknown.iter().flat_map(|part| uncovered(*part, self.gaps.clone()));
+                let found = match gone.next() {
                     _ if unknown != [left] => Lacks::Hole(leg.branch, left),
                     Some(_) if !self.is_conclusive => Lacks::Hole(leg.branch, left),
                     Some(gone) => Lacks::Lost(leg.branch, gone),
