@@ -267,7 +267,11 @@ impl<'s> Stage<'s> {
         let host = &mut self.hosts[host];
         host.agent.take().context("an agent")?.kill()?;
         if state_lost {
-            std::fs::remove_dir_all(host.deployment.state_dir())?;
+            match std::fs::remove_dir_all(host.deployment.state_dir()) {
+                // Killed before it had made one.
+                Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+                removed => removed?,
+            }
         }
         Ok(())
     }
