@@ -1,5 +1,6 @@
 //! Every kind of target, on every major, while the database is written to all the time.
 
+use crate::folder;
 use crate::site::{PATIENCE, Site, restore};
 use anyhow::{Context, Result, ensure};
 use backstay_common::lsn::Lsn;
@@ -166,7 +167,8 @@ async fn latest_after_the_accident(mut site: Site<'_>) -> Result<()> {
 /// The program under test in a place of its own, from where it can be taken away.
 fn own_copy(scene: &Scene) -> Result<std::path::PathBuf> {
     let copy = scene.path("backstay-copy");
-    std::fs::copy(backstay_program(), &copy).context("copy the program")?;
+    // Not by this process: a program cannot be run while anybody, a child of another scene too, has it open to write.
+    folder::copy(&backstay_program(), &copy).context("copy the program")?;
     Ok(copy)
 }
 

@@ -135,9 +135,11 @@ proptest! {
     #[test]
     fn a_flipped_bit_in_a_header_is_found(at in 0usize..512, bit in 0u32..8) {
         let mut bytes = TarBuilder::default().file("base/5/1259", &[1; 700]).0;
+        let before = bytes[at];
         bytes[at] ^= 1u8 << bit;
-        // The sum's own blanks mean nothing.
+        // The sum's own blanks mean nothing, nor does a leading zero that becomes one.
         prop_assume!(!(154..156).contains(&at));
+        prop_assume!((at, before, bytes[at]) != (148, b'0', b' '));
         prop_assert!(read(&bytes, &[]).is_err());
     }
 
