@@ -306,7 +306,7 @@ mod tests {
             "cluster = \"shop\"\nstate-dir = \"/s\"\n\n[postgres]\n\
              conninfo = \"host=/tmp user='a \\\"b\\\"'\"\n\n[[location]]\nname = \"one\"\n\
              url = \"s3://b/p\"\nregion = \"x\"\n\n[durability]\nflush-interval = \"5s\"\n\
-             acknowledge = \"all\"\n\n[keys]\nprovider = \"file\"\npath = \"/k\"\n\n"
+             acknowledge = \"all\"\n\n[snapshot]\nschedule = \"0 3 1 1 *\"\n\n[keys]\nprovider = \"file\"\npath = \"/k\"\n\n"
         );
     }
 }
