@@ -229,7 +229,8 @@ async fn a_restore_holds_what_it_reads(scene: &Scene, major: Major) -> Result<()
     for name in LOCATIONS {
         while manifests(&site.location(name))?.contains(&read) {
             ensure!(Instant::now() < deadline, "{read} stays at {name}");
-            tokio::time::sleep(Duration::from_millis(200)).await;
+            tokio::time::sleep(Duration::from_millis(500)).await;
+            prune(&site, &[]).await?;
         }
         ensure!(manifests(&site.location(name))?.contains(&last), "{last} went too");
     }
