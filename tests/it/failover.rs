@@ -1,16 +1,18 @@
 //! Servers that take over from each other: nothing that was stored is lost, no two histories mix, and each can be restored.
 
 use crate::folder;
+use crate::s3::{objects, with_bucket};
 use crate::site::{
     LOCATIONS, PATIENCE, Site, configuration, has_snapshot, judge, restore_and_start,
 };
 use anyhow::{Context, Result, ensure};
 use backstay_common::lsn::Lsn;
+use backstay_tests::bucket::{Action, Bucket, Fault, Operation};
 use backstay_tests::ledger::{Ledger, Target};
 use backstay_tests::major::{Major, Majors};
 use backstay_tests::on_drawn_major;
 use backstay_tests::postgres::Cluster;
-use backstay_tests::programs::{Agent, Deployment};
+use backstay_tests::programs::{Agent, Configuration, Deployment};
 use backstay_tests::scene::Scene;
 use serde_json::Value;
 use std::time::{Duration, Instant};
@@ -34,6 +36,11 @@ async fn takes_over(agent: &mut Agent, timeline: u64, before: &Value) -> Result<
     };
     let status = agent.wait_until("it takes over, with a snapshot", PATIENCE, over).await?;
     Ok(status["wal"]["branch"].as_str().context("a branch")?.to_owned())
+}
+
+async fn streams_from_the_new_primary(agent: &mut Agent) -> Result<Value> {
+    let is = |status: &Value| status["wal"]["timeline"] == 2 && status["wal"]["connected"] == true;
+    agent.wait_until("it streams from the new primary", PATIENCE, is).await
 }
 
 /// Waits until every location has all that this server has written.
@@ -195,23 +202,25 @@ async fn the_rest_comes_from_the_standby(scene: &Scene, major: Major) -> Result<
 }
 on_drawn_major!(the_rest_comes_from_the_standby);
 
+/// Names both servers; whichever is the primary is meant.
+fn either(one: &Cluster, other: &Cluster) -> String {
+    let hosts = [one, other].map(|c| c.socket_dir().display().to_string()).join(",");
+    let ports = [one, other].map(|c| c.port().to_string()).join(",");
+    format!("host={hosts} port={ports} user=postgres dbname=postgres")
+}
+
 /// One agent, told of several hosts, goes on at whichever is the primary, where it makes its slot.
 async fn several_hosts(scene: &Scene, major: Major) -> Result<()> {
     let cluster = Cluster::build(scene, &major).start().await?;
     let standby = cluster.standby(scene, "sb").await?;
-    let hosts = [&standby, &cluster].map(|c| c.socket_dir().display().to_string()).join(",");
-    let ports = [&standby, &cluster].map(|c| c.port().to_string()).join(",");
-    let conninfo = format!("host={hosts} port={ports} user=postgres dbname=postgres");
-    let configuration = configuration(scene, &cluster)?.conninfo(&conninfo);
+    let configuration = configuration(scene, &cluster)?.conninfo(&either(&standby, &cluster));
     let mut site = Site::of(scene, cluster, configuration).await?;
     site.ledger.wait_for(60, PATIENCE).await?;
     site.ledger.stop().await?;
     standby.catch_up(&site.cluster, PATIENCE).await?;
     site.cluster.kill()?;
     standby.promote().await?;
-    let on_two =
-        |status: &Value| status["wal"]["timeline"] == 2 && status["wal"]["connected"] == true;
-    site.agent.wait_until("it streams from the new primary", PATIENCE, on_two).await?;
+    streams_from_the_new_primary(&mut site.agent).await?;
     let slots = "SELECT count(*) FROM pg_replication_slots WHERE active";
     ensure!(standby.value(slots).await? == "1", "no slot is in use on the new primary");
     let mut second = goes_on(&site.ledger, scene, &standby).await?;
@@ -223,6 +232,51 @@ async fn several_hosts(scene: &Scene, major: Major) -> Result<()> {
     restores(&site, &site.deployment, "two", ("latest", &[]), (&second, &Target::All)).await
 }
 on_drawn_major!(several_hosts);
+
+/// The server's timeline switches while a store is slow to take the wrap of an epoch: what is on its way there, and what the
+/// new timeline needs first, do not wait for each other for ever.
+async fn a_switch_while_a_store_is_slow(scene: &Scene, major: Major) -> Result<()> {
+    let bucket = Bucket::start().await;
+    let cluster = Cluster::build(scene, &major).start().await?;
+    let standby = cluster.standby(scene, "sb").await?;
+    let conninfo = either(&standby, &cluster);
+    let configuration = Configuration::default().server(&cluster).conninfo(&conninfo);
+    let configuration = with_bucket(configuration, &bucket, "slow");
+    let mut site = Site::of(scene, cluster, configuration).await?;
+    site.all_stored().await?;
+    let put = |key: &str, after: Duration| {
+        bucket.faults().add(Fault::on(Operation::Put, Action::Delay(after)).key(key))
+    };
+    // The epoch of the origin is stored at once.
+    for name in objects(&bucket, "slow").into_keys().filter(|name| name.contains("/keys/")) {
+        put(&name, Duration::ZERO);
+    }
+    // Under the next one WAL is sealed that cannot be stored yet.
+    site.agent.kill()?;
+    bucket.faults().refuse(true);
+    site.agent.restart().await?;
+    site.ledger.wait_for(60, PATIENCE).await?;
+    site.ledger.stop().await?;
+    let end = standby.catch_up(&site.cluster, PATIENCE).await?;
+    let waits = |status: &Value| {
+        let spooled = status["wal"]["spooled"].as_str().and_then(|text| text.parse().ok());
+        spooled.is_some_and(|spooled: Lsn| spooled >= end)
+    };
+    site.agent.wait_until("WAL waits in the spool", PATIENCE, waits).await?;
+    site.agent.kill()?;
+    site.cluster.kill()?;
+    standby.promote().await?;
+    bucket.faults().refuse(false);
+    let slow = put("/keys/", Duration::from_secs(6));
+    site.agent.restart().await?;
+    streams_from_the_new_primary(&mut site.agent).await?;
+    ensure!(bucket.faults().fired(slow) > 0, "no epoch was delayed");
+    let mut second = goes_on(&site.ledger, scene, &standby).await?;
+    second.stop().await?;
+    all_stored(&mut site.agent, &standby).await?;
+    restores(&site, &site.deployment, "two", ("latest", &[]), (&second, &Target::All)).await
+}
+on_drawn_major!(a_switch_while_a_store_is_slow);
 
 /// A server comes back as a fresh copy of the one that took over, and takes over in its turn: it never had the beginning of
 /// the timeline between. Its agent, whose spool ends on the one before, goes on where the other agent's WAL ends; nothing

@@ -15,12 +15,10 @@ use backstay_common::id::{Branch, LocationName, ObjectId};
 use backstay_common::lsn::LsnRange;
 use backstay_common::name::{ObjectName, folder};
 use backstay_common::{Error, Kind, Result};
-use futures::StreamExt;
-use futures::future::BoxFuture;
-use futures::stream::FuturesUnordered;
 use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+use tokio::task::{JoinError, JoinSet};
 use tokio_util::sync::CancellationToken;
 
 /// So that a commit every 5 ms can wait for a store that takes 160 ms.
@@ -42,9 +40,10 @@ const OPENED_MAX: usize = 64;
 /// More superseded pieces than this are left to sync, or to prune.
 const SUPERFLUOUS_MAX: usize = 10_000;
 
-type Sending = FuturesUnordered<BoxFuture<'static, (Arc<Item>, Result<()>)>>;
+/// Tasks of their own: they go on while a listing is awaited, which may wait for what one of them holds.
+type Sending = JoinSet<(Arc<Item>, Result<()>)>;
 /// At most one at a time.
-type Deleting = FuturesUnordered<BoxFuture<'static, (Vec<ObjectName>, Result<()>)>>;
+type Deleting = JoinSet<(Vec<ObjectName>, Result<()>)>;
 
 struct Shipper {
     path: Arc<WalPath>,
@@ -99,8 +98,14 @@ impl Shipper {
                 }
             }
             tokio::select! {
-                Some((item, result)) = sending.next() => self.settle(&item, result),
-                Some((names, result)) = deleting.next() => self.deleted(names, result),
+                Some(sent) = sending.join_next() => {
+                    let (item, result) = done(sent);
+                    self.settle(&item, result);
+                }
+                Some(gone) = deleting.join_next() => {
+                    let (names, result) = done(gone);
+                    self.deleted(names, result);
+                }
                 _ = bell.changed() => {}
                 _ = tick.tick() => {
                     self.delete_superfluous(&mut deleting);
@@ -203,7 +208,7 @@ impl Shipper {
             let Some(item) = next else { return };
             self.sending_bytes += item.size;
             tracing::trace!(location, range = %item.range, "put");
-            sending.push(Box::pin(send(self.path.clone(), location, item)));
+            sending.spawn(send(self.path.clone(), location, item));
         }
     }
 
@@ -280,10 +285,10 @@ impl Shipper {
         let count = self.superfluous.len().min(DELETE_BATCH);
         let names: Vec<ObjectName> = self.superfluous.drain(..count).collect();
         let location = self.path.context.writers[self.location].location().clone();
-        deleting.push(Box::pin(async move {
+        deleting.spawn(async move {
             let result = location.delete(&names).await;
             (names, result)
-        }));
+        });
     }
 
     /// What is left is found again by sync; an identity that may not delete leaves it to prune.
@@ -316,6 +321,11 @@ impl Shipper {
         self.last_stored = Instant::now();
         Ok(())
     }
+}
+
+/// A panic goes on in the task that waited; nothing here is ever cancelled but with it.
+fn done<T>(joined: std::result::Result<T, JoinError>) -> T {
+    joined.unwrap_or_else(|error| std::panic::resume_unwind(error.into_panic()))
 }
 
 async fn send(path: Arc<WalPath>, location: usize, item: Arc<Item>) -> (Arc<Item>, Result<()>) {
