@@ -198,21 +198,6 @@ pub fn covered_until(from: Lsn, ranges: &mut [LsnRange]) -> Lsn {
     })
 }
 
-/// What of `range` none of `ranges` covers, in order. They may overlap and need no order.
-pub fn uncovered(range: LsnRange, mut ranges: Vec<LsnRange>) -> Vec<LsnRange> {
-    ranges.retain(|other| !other.is_empty() && other.end > range.start && other.start < range.end);
-    let mut left = Vec::new();
-    let mut at = covered_until(range.start, &mut ranges);
-    while at < range.end {
-        // Sorted by now.
-        let next = ranges.iter().map(|other| other.start).find(|&start| start > at);
-        let hole = LsnRange::new(at, next.unwrap_or(range.end));
-        left.push(hole);
-        at = covered_until(hole.end, &mut ranges);
-    }
-    left
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -235,24 +220,6 @@ mod tests {
                 expected += 1;
             }
             prop_assert_eq!(covered_until(Lsn::new(0), &mut ranges), Lsn::new(expected));
-        }
-    }
-
-    proptest! {
-        #[test]
-        fn what_is_uncovered_is_what_no_range_has(
-            ends in prop::collection::vec((0u64..50, 0u64..50), 0..8),
-            (start, end) in (0u64..50, 0u64..50),
-        ) {
-            let range = |a: u64, b: u64| LsnRange::new(Lsn::new(a.min(b)), Lsn::new(a.max(b)));
-            let (ranges, of): (Vec<LsnRange>, _) =
-                (ends.into_iter().map(|(a, b)| range(a, b)).collect(), range(start, end));
-            let left = uncovered(of, ranges.clone());
-            for at in (0..50).map(Lsn::new) {
-                let is_left = of.contains(at) && !ranges.iter().any(|range| range.contains(at));
-                prop_assert_eq!(left.iter().any(|range| range.contains(at)), is_left);
-            }
-            prop_assert!(left.windows(2).all(|two| two[0].end < two[1].start));
         }
     }
 

@@ -1,5 +1,6 @@
 //! What a location lacks. Pure: names in, names out.
 
+use backstay_common::catalog::cover::merged;
 use backstay_common::id::Branch;
 use backstay_common::lsn::{Lsn, LsnRange};
 use backstay_common::name::ObjectName;
@@ -103,14 +104,13 @@ pub type Coverage = BTreeMap<Branch, Vec<LsnRange>>;
 
 pub fn coverage<'a>(names: impl IntoIterator<Item = &'a ObjectName>) -> Coverage {
     let mut branches = Coverage::new();
-    // The order of names is by branch, then by start.
     for name in names {
-        let ObjectName::Wal { branch, range, .. } = name else { continue };
-        let stretches = branches.entry(*branch).or_default();
-        match stretches.last_mut().filter(|last| range.start <= last.end) {
-            Some(last) => last.end = last.end.max(range.end),
-            None => stretches.push(*range),
+        if let ObjectName::Wal { branch, range, .. } = name {
+            branches.entry(*branch).or_default().push(*range);
         }
+    }
+    for ranges in branches.values_mut() {
+        *ranges = merged(std::mem::take(ranges).into_iter());
     }
     branches
 }

@@ -8,10 +8,11 @@
 
 use super::WalPath;
 use super::line::Line;
+use backstay_common::catalog::cover::{merged, uncovered};
 use backstay_common::id::{Branch, BranchId};
 use backstay_common::line::Past;
 use backstay_common::location::Location;
-use backstay_common::lsn::{Lsn, LsnRange, SPAN_BYTES, covered_until, uncovered};
+use backstay_common::lsn::{Lsn, LsnRange, SPAN_BYTES, covered_until};
 use backstay_common::name::{ObjectName, folder};
 use backstay_common::origin::{Beginnings, Origin};
 use backstay_common::seal::Header;
@@ -204,7 +205,8 @@ impl Stock {
                 let read = open_origin(path, *number, name).await;
                 match read.and_then(|(origin, _)| origin.ancestors()) {
                     Ok(ancestors) => {
-                        pasts.insert(*branch, Past { ancestors, covered: self.covered(*branch) });
+                        let covered = merged(self.all(*branch));
+                        pasts.insert(*branch, Past { ancestors, covered });
                     }
                     Err(error) if error.kind() == Kind::Storage => {
                         unread.insert(*branch, error);
@@ -220,22 +222,9 @@ impl Stock {
         }
     }
 
-    fn covered(&self, branch: Branch) -> Vec<LsnRange> {
-        let mut all: Vec<LsnRange> = self.all(branch).collect();
-        all.sort_unstable();
-        let mut covered: Vec<LsnRange> = Vec::new();
-        for range in all {
-            match covered.last_mut().filter(|last| range.start <= last.end) {
-                Some(last) => last.end = last.end.max(range.end),
-                None => covered.push(range),
-            }
-        }
-        covered
-    }
-
     /// What of `range` no location that answered has on `branch`.
     pub fn missing(&self, branch: Branch, range: LsnRange) -> Vec<LsnRange> {
-        uncovered(range, self.all(branch).collect())
+        uncovered(range, self.all(branch))
     }
 
     /// All ranges of `branch` that are stored anywhere.

@@ -17,11 +17,12 @@ use super::line::Line;
 use crate::copy::{self, Whole};
 use crate::prune;
 use crate::sync::superseded;
+use backstay_common::catalog::cover::uncovered;
 use backstay_common::gap::Cause;
 use backstay_common::id::Branch;
 use backstay_common::line::{Past, line_of};
 use backstay_common::location::Location;
-use backstay_common::lsn::{Lsn, LsnRange, uncovered};
+use backstay_common::lsn::{Lsn, LsnRange};
 use backstay_common::name::{ObjectName, folder};
 use backstay_common::seal::Header;
 use backstay_common::segment::parse_history;
@@ -165,7 +166,8 @@ impl Filling {
         let own = Stock::of(&self.path, self.location).await?;
         // Pieces of before a restart, of which the shelf knows nothing.
         self.tidy(own.at(self.location).unwrap_or_default()).await;
-        let legs = self.legs(&own).await?;
+        let snapshots = self.newest_snapshots().await?;
+        let legs = self.legs(&own, &snapshots).await?;
         let has = own.at(self.location).unwrap_or_default();
         let is_new = !has.iter().any(|name| matches!(name, ObjectName::Wal { .. }));
         // Mostly what it has from its newest snapshot on is enough, and the others need not be asked.
@@ -180,7 +182,7 @@ impl Filling {
         let absent =
             || Error::new(Kind::Storage, format!("{} did not answer", self.place().name()));
         let has = stock.at(self.location).ok_or_else(absent)?;
-        let legs = self.legs(&stock).await?;
+        let legs = self.legs(&stock, &snapshots).await?;
         let copied = self.copy(&legs, &stock, has).await;
         let has: Vec<ObjectName> = has.iter().cloned().chain(copied).collect();
         let gaps = self.path.gaps.clone();
@@ -194,7 +196,7 @@ impl Filling {
     }
 
     /// The line's branches, oldest first, as far as `stock` knows them.
-    async fn legs(&mut self, stock: &Stock) -> Result<Vec<Leg>> {
+    async fn legs(&self, stock: &Stock, snapshots: &[(Branch, Lsn)]) -> Result<Vec<Leg>> {
         let mut pasts = stock.pasts(&self.path).await?;
         // Its origin may be on its way still.
         let history = self.line.beginnings.history.as_deref().unwrap_or_default();
@@ -202,10 +204,11 @@ impl Filling {
             .map_err(|reason| Error::new(Kind::Local, reason))?;
         pasts.entry(self.branch).or_insert(Past { ancestors, covered: Vec::new() });
         let line = line_of(self.branch, &pasts);
-        let begin = self.begin;
-        let is_on = |branch, from| line.leaves(branch).is_some_and(|to: Lsn| from < to.min(begin));
-        let snapshot = self.newest_snapshot(is_on).await?;
-        let closed = snapshot.and_then(|(branch, from)| Some((line.index_of(branch)?, from)));
+        // The newest that is on the line closes all before it.
+        let closed = snapshots.iter().find_map(|(branch, from)| {
+            let index = line.index_of(*branch)?;
+            (*from < line.legs[index].to.min(self.begin)).then_some((index, *from))
+        });
         let size = self.path.context.segment_size;
         let has = stock.at(self.location).unwrap_or_default();
         let (mut legs, mut has_any) = (Vec::new(), false);
@@ -227,19 +230,17 @@ impl Filling {
         Ok(legs)
     }
 
-    /// Where the newest snapshot begins that the location has and that `is_on` the line.
-    async fn newest_snapshot(
-        &mut self,
-        is_on: impl Fn(Branch, Lsn) -> bool,
-    ) -> Result<Option<(Branch, Lsn)>> {
+    /// On which branches, and where, the newest snapshots begin that the location has.
+    async fn newest_snapshots(&mut self) -> Result<Vec<(Branch, Lsn)>> {
         let listed = self.place().list(&folder::snapshots(self.path.context.system)).await?;
         let names = listed.into_iter().filter_map(|listed| listed.name);
         let mut names: Vec<ObjectName> =
             names.filter(|name| matches!(name, ObjectName::Manifest { .. })).collect();
         names.sort_unstable();
-        for name in names.iter().rev().take(SNAPSHOTS_MAX) {
-            if !self.snapshots.contains_key(name) {
-                match self.place().get(name).await.and_then(|bytes| read_plain(&bytes, name)) {
+        let mut newest = Vec::new();
+        for name in names.into_iter().rev().take(SNAPSHOTS_MAX) {
+            if !self.snapshots.contains_key(&name) {
+                match self.place().get(&name).await.and_then(|bytes| read_plain(&bytes, &name)) {
                     Ok((_, plain)) => {
                         self.snapshots.insert(name.clone(), (plain.branch, plain.start));
                     }
@@ -248,40 +249,34 @@ impl Filling {
                     Err(_) => continue,
                 }
             }
-            let (branch, from) = self.snapshots[name];
-            if is_on(branch, from) {
-                return Ok(Some((branch, from)));
-            }
+            newest.push(self.snapshots[&name]);
         }
-        Ok(None)
+        Ok(newest)
     }
 
     /// Copies what the location should have, only others have, and is not on its way from our spool. Returns what came.
     async fn copy(&self, legs: &[Leg], stock: &Stock, has: &[ObjectName]) -> Vec<ObjectName> {
         let mut copied = Vec::new();
         for leg in legs {
-            let mut have: Vec<LsnRange> = ranges(has, leg.branch).collect();
-            if uncovered(leg.wanted, have.clone()).is_empty() {
+            let there = ranges(has, leg.branch).chain(self.in_spool(leg.branch));
+            let mut holes = uncovered(leg.wanted, there);
+            if holes.is_empty() {
                 continue;
             }
-            have.extend(self.in_spool(leg.branch));
             // Between snapshots that outlive the window there is no WAL, and none is missed.
             if let Some(needed) = prune::needed_wal(&self.path.context).await {
-                have.extend(unneeded(needed.get(&leg.branch).map_or(&[][..], Vec::as_slice)));
+                let unneeded = unneeded(needed.get(&leg.branch).map_or(&[][..], Vec::as_slice));
+                holes = without(&holes, &unneeded);
             }
             for (name, sources) in self.offered(stock, leg.branch) {
                 let ObjectName::Wal { range, .. } = name else { continue };
-                let of_leg = LsnRange::new(
-                    range.start.max(leg.wanted.start),
-                    range.end.min(leg.wanted.end).max(leg.wanted.start),
-                );
-                if uncovered(of_leg, have.clone()).is_empty() {
+                if !holes.iter().any(|hole| range.start < hole.end && hole.start < range.end) {
                     continue;
                 }
                 match self.copy_one(&name, &sources).await {
                     Ok(()) => {
                         tracing::info!(object = %name, "a hole was filled");
-                        have.push(range);
+                        holes = without(&holes, &[range]);
                         copied.push(name);
                     }
                     // Another object may fill the hole, or the next one.
@@ -366,8 +361,13 @@ impl Filling {
 fn has_from(legs: &[Leg], has: &[ObjectName], from: impl Fn(&Leg) -> Lsn) -> bool {
     legs.iter().all(|leg| {
         let range = LsnRange::new(from(leg), leg.wanted.end);
-        uncovered(range, ranges(has, leg.branch).collect()).is_empty()
+        uncovered(range, ranges(has, leg.branch)).is_empty()
     })
+}
+
+/// What is left of `ranges` without `others`.
+fn without(ranges: &[LsnRange], others: &[LsnRange]) -> Vec<LsnRange> {
+    ranges.iter().flat_map(|range| uncovered(*range, others.iter().copied())).collect()
 }
 
 /// What is known of a branch's WAL.
@@ -385,21 +385,20 @@ struct Known {
 impl Known {
     fn lacks(&self, leg: &Leg) -> Lacks {
         let mut lacks = Lacks::Nothing;
-        for hole in uncovered(LsnRange::new(leg.from, leg.wanted.end), self.has.clone()) {
-            for left in uncovered(hole, self.in_spool.clone()) {
-                let unknown = uncovered(left, self.elsewhere.clone());
-                let mut gone = unknown.iter().flat_map(|part| uncovered(*part, self.gaps.clone()));
-                let found = match gone.next() {
-                    _ if unknown != [left] => Lacks::Hole(leg.branch, left),
-                    Some(_) if !self.is_conclusive => Lacks::Hole(leg.branch, left),
-                    Some(gone) => Lacks::Lost(leg.branch, gone),
-                    None => Lacks::Nothing,
-                };
-                lacks = found.or(lacks);
-            }
-            if uncovered(hole, self.in_spool.clone()) != [hole] {
-                lacks = Lacks::Ours.or(lacks);
-            }
+        let holes = without(&[LsnRange::new(leg.from, leg.wanted.end)], &self.has);
+        let left = without(&holes, &self.in_spool);
+        if left != holes {
+            lacks = Lacks::Ours;
+        }
+        for hole in left {
+            let unknown = without(&[hole], &self.elsewhere);
+            let found = match without(&unknown, &self.gaps).first() {
+                _ if unknown != [hole] => Lacks::Hole(leg.branch, hole),
+                Some(_) if !self.is_conclusive => Lacks::Hole(leg.branch, hole),
+                Some(gone) => Lacks::Lost(leg.branch, *gone),
+                None => Lacks::Nothing,
+            };
+            lacks = found.or(lacks);
         }
         lacks
     }

@@ -17,6 +17,22 @@ pub fn merged(ranges: impl Iterator<Item = LsnRange>) -> Vec<LsnRange> {
     merged
 }
 
+/// What of `range` none of `ranges` covers, in order.
+pub fn uncovered(range: LsnRange, ranges: impl Iterator<Item = LsnRange>) -> Vec<LsnRange> {
+    let mut left = Vec::new();
+    let mut at = range.start;
+    for there in merged(ranges.filter(|there| there.start < range.end && there.end > range.start)) {
+        if at < there.start {
+            left.push(LsnRange::new(at, there.start));
+        }
+        at = there.end;
+    }
+    if at < range.end {
+        left.push(LsnRange::new(at, range.end));
+    }
+    left
+}
+
 /// As few of `entries` (sorted by range) as cover `wanted` without a hole, from its start on; they end where `wanted` or
 /// the coverage ends. A whole span is taken before the pieces that it supersedes.
 pub fn covering(entries: &[WalEntry], wanted: LsnRange) -> Vec<WalEntry> {
@@ -86,6 +102,24 @@ mod tests {
             prop_assert_eq!(reached.min(wanted.end), end);
             let union = merged(ranges.iter().copied());
             prop_assert!(union.windows(2).all(|two| two[0].end < two[1].start));
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn what_is_uncovered_is_what_no_range_has(
+            ends in proptest::collection::vec((0u64..50, 0u64..50), 0..8),
+            (start, end) in (0u64..50, 0u64..50),
+        ) {
+            let between = |a: u64, b: u64| range(a.min(b), a.max(b));
+            let (ranges, of): (Vec<LsnRange>, _) =
+                (ends.into_iter().map(|(a, b)| between(a, b)).collect(), between(start, end));
+            let left = uncovered(of, ranges.iter().copied());
+            for at in (0..50).map(Lsn::new) {
+                let is_left = of.contains(at) && !ranges.iter().any(|range| range.contains(at));
+                prop_assert_eq!(left.iter().any(|range| range.contains(at)), is_left);
+            }
+            prop_assert!(left.windows(2).all(|two| two[0].end < two[1].start));
         }
     }
 
