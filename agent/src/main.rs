@@ -221,10 +221,7 @@ async fn run_snapshot(settings: &Settings, json: bool) -> anyhow::Result<u8> {
     .await?;
     bar.finish_and_clear();
     let Reply::Outcome(outcome) = reply else { return refused(reply) };
-    match json {
-        true => println!("{}", serde_json::to_string_pretty(&outcome)?),
-        false => println!("{outcome}"),
-    }
+    show(&outcome, json)?;
     let required =
         |name: &LocationName| settings.locations.iter().any(|l| l.name == *name && l.is_required());
     let is_done = !outcome.pending.iter().any(|(location, _)| required(location));
@@ -234,31 +231,31 @@ async fn run_snapshot(settings: &Settings, json: bool) -> anyhow::Result<u8> {
 async fn run_prune(settings: &Settings, options: PruneOptions, json: bool) -> anyhow::Result<u8> {
     let reply = control::ask(&settings.state_dir, Request::Prune(options), |_| {}).await?;
     let Reply::Pruned(report) = reply else { return refused(reply) };
-    match json {
-        true => println!("{}", serde_json::to_string_pretty(&report)?),
-        false => print!("{report}"),
-    }
+    show(&report, json)?;
     Ok(if report.failed.is_empty() { 0 } else { Kind::Storage.exit_code() })
 }
 
 async fn run_sync(settings: &Settings, options: SyncOptions, json: bool) -> anyhow::Result<u8> {
     let reply = control::ask(&settings.state_dir, Request::Sync(options), |_| {}).await?;
     let Reply::Synced(report) = reply else { return refused(reply) };
-    match json {
-        true => println!("{}", serde_json::to_string_pretty(&report)?),
-        false => print!("{report}"),
-    }
+    show(&report, json)?;
     Ok(report.exit_code())
 }
 
 async fn run_pins(settings: &Settings, request: PinRequest, json: bool) -> anyhow::Result<u8> {
     let reply = control::ask(&settings.state_dir, Request::Pins(request), |_| {}).await?;
     let Reply::Pins(outcome) = reply else { return refused(reply) };
-    match json {
-        true => println!("{}", serde_json::to_string_pretty(&outcome)?),
-        false => print!("{outcome}"),
-    }
+    show(&outcome, json)?;
     Ok(if outcome.failed.is_empty() { 0 } else { Kind::Storage.exit_code() })
+}
+
+/// For a program, or for people.
+fn show(report: &(impl serde::Serialize + std::fmt::Display), json: bool) -> anyhow::Result<()> {
+    match json {
+        true => println!("{}", serde_json::to_string_pretty(report)?),
+        false => println!("{}", report.to_string().trim_end()),
+    }
+    Ok(())
 }
 
 fn refused(reply: Reply) -> anyhow::Result<u8> {

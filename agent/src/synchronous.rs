@@ -25,13 +25,12 @@ pub async fn watch(context: Arc<AgentContext>) -> Result<()> {
     }
     loop {
         match is_waited_for(&context.settings).await {
-            Ok(true) => {
-                context.nobody_waits.store(false, Ordering::Relaxed);
-                context.alarms.raise(ALARM, "", WEAK);
-            }
-            Ok(false) => {
-                context.nobody_waits.store(true, Ordering::Relaxed);
-                context.alarms.clear(ALARM, "");
+            Ok(is_waited_for) => {
+                context.nobody_waits.store(!is_waited_for, Ordering::Relaxed);
+                match is_waited_for {
+                    true => context.alarms.raise(ALARM, "", WEAK),
+                    false => context.alarms.clear(ALARM, ""),
+                }
             }
             Err(error) => tracing::debug!(%error, "synchronous_standby_names cannot be read"),
         }
