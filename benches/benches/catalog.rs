@@ -16,7 +16,7 @@ use backstay_common::name::{ObjectName, folder};
 use backstay_common::origin::{Beginnings, Origin};
 use backstay_common::pgtime::PgTime;
 use backstay_common::seal::{Packer, Sealed};
-use backstay_common::snapshot::{Manifest, ManifestPlain, Root};
+use backstay_common::snapshot::{Manifest, ManifestPlain, Root, testing};
 use backstay_common::span::{SpanMeta, seal_wal};
 use backstay_common::wal::Summary;
 use backstay_common::walindex::blocks::{Blocks, Work, superseded};
@@ -163,40 +163,16 @@ fn meta(n: u64, range: LsnRange) -> SpanMeta {
 fn manifest(month: &Month, spans: u64) -> Manifest {
     let began = jiff::Timestamp::from_second(1_795_000_000).expect("a time");
     let start = Lsn::new(SPAN_BYTES);
+    let snapshot = SnapshotId::new(began, [1, 2, 3, 4]);
+    let branch = "00000001-00000001".parse().expect("a branch");
     let plain = ManifestPlain {
-        snapshot: SnapshotId::new(began, [1, 2, 3, 4]),
-        system: SYSTEM,
-        branch: "00000001-00000001".parse().expect("a branch"),
         start,
         stop: start.add(spans.min(100)),
-        segment_bytes: 16 << 20,
-        generation: 0,
-        began: began.as_second(),
-        finished: began.as_second() + 60,
-        server_version: 170_004,
         epochs: vec![month.epoch.id()],
-        packs: Vec::new(),
         database_bytes: 1 << 40,
-        stored_bytes: 0,
-        files: 0,
-        parent: None,
-        corrupt_pages: 0,
-        abandoned: None,
+        ..testing::plain(SYSTEM, snapshot, branch)
     };
-    let root = Root {
-        cluster: month.access.cluster.clone(),
-        agent: "db1".parse().expect("a name"),
-        hash_key: [0; 32],
-        page_bytes: 8192,
-        table: Vec::new(),
-        backup_label: String::new(),
-        tablespaces: Vec::new(),
-        config_files: Vec::new(),
-        superuser: "postgres".into(),
-        checksums: true,
-        corrupt_pages: Vec::new(),
-        written_by: "bench".into(),
-    };
+    let root = Root { cluster: month.access.cluster.clone(), ..testing::root() };
     Manifest { plain, root }
 }
 

@@ -14,6 +14,8 @@ pub mod hashes;
 pub mod manifest;
 pub mod packs;
 pub mod table;
+#[cfg(any(test, feature = "testing"))]
+pub mod testing;
 
 pub use begin::Begin;
 pub use filemap::{BytesRef, FileMap, FrameRef, Run};

@@ -13,7 +13,7 @@ use backstay_common::origin::{Beginnings, Origin};
 use backstay_common::pgtime::PgTime;
 use backstay_common::seal::{Packer, Sealed};
 use backstay_common::segment::{SegmentSize, TimelineId};
-use backstay_common::snapshot::{Manifest, ManifestPlain, Root};
+use backstay_common::snapshot::{Manifest, ManifestPlain, Root, testing};
 use backstay_common::span::{SpanMeta, seal_wal};
 use backstay_common::wal::testing::WalBuilder;
 use backstay_common::wal::{Decoder, Summary, WalVersion};
@@ -136,39 +136,14 @@ impl Repo {
     ) -> SnapshotId {
         let id = SnapshotId::new(at(began), [1, 2, 3, 4]);
         let plain = ManifestPlain {
-            snapshot: id,
-            system: SYSTEM,
-            branch,
             start,
             stop,
             segment_bytes: 1 << 20,
-            generation: 0,
-            began: at(began).as_second(),
-            finished: at(began).as_second() + 1,
-            server_version: 150_018,
             epochs: vec![self.epoch.id()],
-            packs: Vec::new(),
             database_bytes: 400_000_000,
-            stored_bytes: 0,
-            files: 0,
-            parent: None,
-            corrupt_pages: 0,
-            abandoned: None,
+            ..testing::plain(SYSTEM, id, branch)
         };
-        let root = Root {
-            cluster: self.access.cluster.clone(),
-            agent: "db1".parse().unwrap(),
-            hash_key: [0; 32],
-            page_bytes: 8192,
-            table: Vec::new(),
-            backup_label: String::new(),
-            tablespaces: Vec::new(),
-            config_files: Vec::new(),
-            superuser: "postgres".into(),
-            checksums: true,
-            corrupt_pages: Vec::new(),
-            written_by: "test".into(),
-        };
+        let root = Root { cluster: self.access.cluster.clone(), ..testing::root() };
         self.put(&Manifest { plain, root }.seal(&self.epoch).unwrap(), places).await;
         id
     }

@@ -7,7 +7,7 @@ use backstay_common::name::ObjectName;
 use backstay_common::origin::{Beginnings, Origin};
 use backstay_common::seal::Sealed;
 use backstay_common::segment::TimelineId;
-use backstay_common::snapshot::{Begin, Manifest, ManifestPlain, PackEntry, Root};
+use backstay_common::snapshot::{Begin, Manifest, ManifestPlain, PackEntry, testing};
 use bytes::Bytes;
 use std::collections::BTreeSet;
 use std::sync::Mutex;
@@ -787,39 +787,16 @@ fn manifest(id: SnapshotId, snap: &Snap, branch: Branch, epoch: &Epoch) -> Seale
         }
     };
     let plain = ManifestPlain {
-        snapshot: id,
-        system: SYSTEM,
-        branch,
         start: Lsn::new(snap.start),
         stop: Lsn::new(snap.stop),
         segment_bytes: SEGMENT as u32,
-        generation: 0,
-        began: id.began().as_second(),
         finished: at(snap.finished).as_second(),
-        server_version: 150_018,
         epochs: vec![epoch.id()],
         packs: snap.packs.iter().map(entry).collect(),
-        database_bytes: 1,
-        stored_bytes: 1,
-        files: 1,
-        parent: None,
         corrupt_pages: u64::from(snap.marked),
-        abandoned: None,
+        ..testing::plain(SYSTEM, id, branch)
     };
-    let root = Root {
-        cluster: "orders".parse().unwrap(),
-        agent: "db1".parse().unwrap(),
-        hash_key: [0; 32],
-        page_bytes: 8192,
-        table: Vec::new(),
-        backup_label: String::new(),
-        tablespaces: Vec::new(),
-        config_files: Vec::new(),
-        superuser: "postgres".into(),
-        checksums: true,
-        corrupt_pages: Vec::new(),
-        written_by: "test".into(),
-    };
+    let root = testing::root();
     Manifest { plain, root }.seal(epoch).unwrap()
 }
 

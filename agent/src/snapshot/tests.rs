@@ -18,6 +18,7 @@ use backstay_common::segment::TimelineId;
 use backstay_common::snapshot::packs::PackReader;
 use backstay_common::snapshot::{
     Content, FileEntry, FileMap, FrameUse, Manifest, ManifestPlain, PackMeta, Root, TablePart,
+    testing,
 };
 use proptest::prelude::*;
 use std::collections::{BTreeMap, HashSet};
@@ -199,39 +200,15 @@ impl History {
 
 fn manifest(id: SnapshotId, assembled: &Assembled) -> Manifest {
     let plain = ManifestPlain {
-        snapshot: id,
-        system: SYSTEM,
-        branch: "00000001-01020304".parse().unwrap(),
-        start: Lsn::new(1),
-        stop: Lsn::new(2),
-        segment_bytes: 16 << 20,
-        generation: 0,
-        began: 0,
-        finished: 0,
-        server_version: 150_000,
         epochs: assembled.epochs.clone(),
         packs: assembled.packs.clone(),
         database_bytes: assembled.bytes,
         stored_bytes: assembled.stored_bytes,
         files: assembled.files,
-        parent: None,
-        corrupt_pages: 0,
-        abandoned: None,
+        ..testing::plain(SYSTEM, id, "00000001-01020304".parse().unwrap())
     };
-    let root = Root {
-        cluster: "test".parse().unwrap(),
-        agent: "a".parse().unwrap(),
-        hash_key: KEY,
-        page_bytes: PAGE,
-        table: assembled.table.clone(),
-        backup_label: String::new(),
-        tablespaces: Vec::new(),
-        config_files: Vec::new(),
-        superuser: String::new(),
-        checksums: false,
-        corrupt_pages: Vec::new(),
-        written_by: String::new(),
-    };
+    let root =
+        Root { hash_key: KEY, page_bytes: PAGE, table: assembled.table.clone(), ..testing::root() };
     Manifest { plain, root }
 }
 

@@ -5,7 +5,7 @@ use crate::lsn::{Lsn, LsnRange};
 use crate::name::ObjectName;
 use crate::pin::{Hold, PinRecord, damage_pin};
 use crate::segment::{Ancestor, TimelineId};
-use crate::snapshot::{Begin, ManifestPlain, PackEntry};
+use crate::snapshot::{Begin, ManifestPlain, PackEntry, testing};
 use jiff::Timestamp;
 use std::collections::BTreeSet;
 
@@ -71,24 +71,13 @@ impl Story {
             frame_bytes: None,
         };
         let plain = ManifestPlain {
-            snapshot,
-            system: SYSTEM,
-            branch: branch(timeline),
             start: Lsn::new(mib * MIB + 40),
             stop: Lsn::new(mib * MIB + 400),
             segment_bytes: MIB as u32,
-            generation: 0,
             began: ago(days).as_second(),
             finished: ago(days).as_second(),
-            server_version: 150_000,
-            epochs: Vec::new(),
             packs: vec![entry],
-            database_bytes: 1,
-            stored_bytes: 1,
-            files: 1,
-            parent: None,
-            corrupt_pages: 0,
-            abandoned: None,
+            ..testing::plain(SYSTEM, snapshot, branch(timeline))
         };
         self.list(ObjectName::Pack { system: SYSTEM, id: pack }, ago(days), 9);
         self.list(ObjectName::Begin { system: SYSTEM, snapshot }, ago(days), 1);

@@ -11,7 +11,7 @@ use backstay_common::segment::TimelineId;
 use backstay_common::snapshot::filemap::BytesPiece;
 use backstay_common::snapshot::{
     BytesRef, Content, FileDigest, FileKind, FileMap, FrameRef, FrameUse, ManifestPlain, PackEntry,
-    PackFrame, PackMeta, Root, Run, Tablespace, page_hash,
+    PackFrame, PackMeta, Root, Run, Tablespace, page_hash, testing,
 };
 use backstay_common::{Error, Kind};
 use std::collections::BTreeMap;
@@ -204,39 +204,25 @@ impl Stored {
                 bytes: bytes.len() as u32,
             }],
         };
+        let snapshot = "20261122T020000Z-1f2e3d4c".parse::<SnapshotId>().unwrap();
+        let branch = Branch { timeline: TimelineId::FIRST, id: BranchId::from_bytes([1, 2, 3, 4]) };
         let plain = ManifestPlain {
-            snapshot: "20261122T020000Z-1f2e3d4c".parse::<SnapshotId>().unwrap(),
-            system: SYSTEM,
-            branch: Branch { timeline: TimelineId::FIRST, id: BranchId::from_bytes([1, 2, 3, 4]) },
             start: Lsn::new(0x100_0028),
             stop: Lsn::new(0x100_0100),
-            segment_bytes: 16 << 20,
-            generation: 0,
-            began: 1,
-            finished: 2,
-            server_version: 150_018,
             epochs: vec![epoch.id()],
             packs: vec![entry_of(&data), entry_of(&maps_pack), entry_of(&table)],
             database_bytes: files.iter().map(|file| file.size).sum(),
             stored_bytes: 1,
             files: files.len() as u64,
-            parent: None,
-            corrupt_pages: 0,
-            abandoned: None,
+            ..testing::plain(SYSTEM, snapshot, branch)
         };
         let root = Root {
-            cluster: "orders".parse().unwrap(),
-            agent: "db1".parse().unwrap(),
             hash_key,
             page_bytes: PAGE as u32,
             table: frames.iter().zip(&encoded).map(part_ref).collect(),
             backup_label: "START WAL LOCATION: 0/1000028 (file 000000010000000000000001)\n".into(),
             tablespaces: vec![Tablespace { oid: 16385, location: "/srv/fast".into() }],
-            config_files: Vec::new(),
-            superuser: "postgres".into(),
-            checksums: true,
-            corrupt_pages: Vec::new(),
-            written_by: "test".into(),
+            ..testing::root()
         };
         for location in &locations {
             for object in [&wrap, &data, &maps_pack, &table] {

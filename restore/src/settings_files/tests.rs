@@ -2,6 +2,7 @@ use super::*;
 use crate::plan::Leg;
 use backstay_common::id::SystemId;
 use backstay_common::lsn::Lsn;
+use backstay_common::snapshot::testing;
 
 /// A plan that ends in the middle of timeline 3.
 pub(crate) fn plan(stop: StopPoint) -> Plan {
@@ -115,13 +116,6 @@ fn what_points_at_the_original_is_commented_out() {
         content: content.into(),
     };
     let root = Root {
-        cluster: "orders".parse().unwrap(),
-        agent: "db1".parse().unwrap(),
-        hash_key: [0; 32],
-        page_bytes: 8192,
-        table: Vec::new(),
-        backup_label: String::new(),
-        tablespaces: Vec::new(),
         config_files: vec![
             config(
                 MAIN,
@@ -130,10 +124,7 @@ fn what_points_at_the_original_is_commented_out() {
             config("pg_hba.conf", "local all all md5\n"),
             config("conf.d/a.conf", "work_mem = 1MB\n"),
         ],
-        superuser: "postgres".into(),
-        checksums: true,
-        corrupt_pages: Vec::new(),
-        written_by: "test".into(),
+        ..testing::root()
     };
     let said = joined(&files.place_config(&root, Existing::Nothing).unwrap());
     for part in [

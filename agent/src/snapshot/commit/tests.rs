@@ -5,7 +5,7 @@ use super::super::progress::Meter;
 use super::*;
 use backstay_common::id::SnapshotId;
 use backstay_common::seal::{self, Draft, Frame, ObjectKind, Packer};
-use backstay_common::snapshot::FrameUse;
+use backstay_common::snapshot::{FrameUse, testing};
 use std::path::Path;
 
 const BRANCH: &str = "00000001-01020304";
@@ -25,24 +25,14 @@ async fn shipped(store: &Store, fleet: &Arc<Fleet>) -> ManifestPlain {
     packs.settle().await.unwrap();
     let sealed = packs.into_sealed();
     ManifestPlain {
-        snapshot: id(),
-        system: SYSTEM,
-        branch: BRANCH.parse().unwrap(),
         start: Lsn::new(0x1_0000_0028),
         stop: Lsn::new(0x1_0100_0100),
-        segment_bytes: 16 << 20,
-        generation: 0,
-        began: 0,
-        finished: 1,
-        server_version: 150_000,
         epochs: sealed.epochs,
         stored_bytes: sealed.packs[0].size,
         packs: sealed.packs,
         database_bytes: 8192,
         files: 1,
-        parent: None,
-        corrupt_pages: 0,
-        abandoned: None,
+        ..testing::plain(SYSTEM, id(), BRANCH.parse().unwrap())
     }
 }
 

@@ -5,7 +5,7 @@ use backstay_common::id::SnapshotId;
 use backstay_common::lsn::{Lsn, LsnRange};
 use backstay_common::name::folder;
 use backstay_common::seal::{self, Draft, ObjectKind, Sealed};
-use backstay_common::snapshot::{Manifest, ManifestPlain, PackEntry, Root};
+use backstay_common::snapshot::{Manifest, ManifestPlain, PackEntry, testing};
 use std::path::Path;
 
 const BRANCH: &str = "00000001-01020304";
@@ -76,40 +76,15 @@ impl World {
             }
         };
         let moment = jiff::Timestamp::from_second(second).unwrap();
+        let snapshot = SnapshotId::new(moment, [1, 2, 3, 4]);
         let plain = ManifestPlain {
-            snapshot: SnapshotId::new(moment, [1, 2, 3, 4]),
-            system: SYSTEM,
-            branch: BRANCH.parse().unwrap(),
             start: Lsn::new(START + 0x28),
             stop: Lsn::new(START + 0x1000),
-            segment_bytes: 16 << 20,
-            generation: 0,
-            began: second,
-            finished: second + 1,
-            server_version: 150_000,
             epochs: vec![epoch.id()],
             packs: packs.iter().map(entry).collect(),
-            database_bytes: 0,
-            stored_bytes: 0,
-            files: 0,
-            parent: None,
-            corrupt_pages: 0,
-            abandoned: None,
+            ..testing::plain(SYSTEM, snapshot, BRANCH.parse().unwrap())
         };
-        let root = Root {
-            cluster: "test".parse().unwrap(),
-            agent: "a".parse().unwrap(),
-            hash_key: [9; 32],
-            page_bytes: 8192,
-            table: Vec::new(),
-            backup_label: "START".into(),
-            tablespaces: Vec::new(),
-            config_files: Vec::new(),
-            superuser: "postgres".into(),
-            checksums: true,
-            corrupt_pages: Vec::new(),
-            written_by: "test".into(),
-        };
+        let root = testing::root();
         let sealed = Manifest { plain, root }.seal(&epoch).unwrap();
         self.put(&sealed).await;
         sealed.name
