@@ -2,11 +2,13 @@
 
 use crate::alarms::Alarms;
 use crate::epochs::Epochs;
+use crate::ledger::Ledger;
 use crate::prune::Systems;
 use crate::sync::{Damage, Strays};
 use crate::writer::Writer;
 use backstay_common::config::Settings;
 use backstay_common::id::SystemId;
+use backstay_common::ledger::Event;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use tokio_util::sync::CancellationToken;
@@ -25,6 +27,7 @@ pub struct AgentContext {
     /// PostgreSQL has said that no commit waits for our spool.
     pub nobody_waits: AtomicBool,
     pub alarms: Arc<Alarms>,
+    pub ledger: Ledger,
     /// The systems that the cluster has had, for prune.
     pub systems: Systems,
     /// WAL that was copied while it was being shipped.
@@ -39,5 +42,12 @@ impl AgentContext {
     /// PostgreSQL's major version.
     pub fn major(&self) -> u32 {
         self.server_version / 10_000
+    }
+
+    /// Notes in the ledger what has been done. What cannot be noted is an alarm, and undoes nothing. Blocks for moments.
+    pub fn tell(&self, event: Event, subject: impl ToString, detail: impl ToString) {
+        if let Err(error) = self.ledger.note(event, subject, detail) {
+            self.alarms.raise("ledger-behind", "", error);
+        }
     }
 }

@@ -11,6 +11,7 @@
 
 use crate::connect;
 use crate::context::AgentContext;
+use crate::durable;
 use backstay_common::id::{SnapshotId, random_bytes};
 use backstay_common::lease::Lease;
 use backstay_common::location::{Location, PutNew};
@@ -18,7 +19,6 @@ use backstay_common::name::{ObjectName, folder};
 use backstay_common::postgres::{Connection, Mode, literal};
 use backstay_common::{Context, Error, Kind, Result};
 use std::collections::BTreeSet;
-use std::io::Write;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -245,14 +245,7 @@ fn read_or_make(context: &AgentContext) -> Result<[u8; 16]> {
         }),
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
             let holder = random_bytes();
-            let temporary = path.with_extension("tmp");
-            let write = || -> std::io::Result<()> {
-                let mut file = std::fs::File::create(&temporary)?;
-                file.write_all(&holder)?;
-                file.sync_all()?;
-                std::fs::rename(&temporary, &path)
-            };
-            write().context(format!("write {}", path.display()))?;
+            durable::write(&path, &holder).context(format!("write {}", path.display()))?;
             Ok(holder)
         }
         Err(error) => Err(error).context(doing()),

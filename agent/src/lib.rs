@@ -21,6 +21,7 @@
 //! | [`snapshot`] | read the data directory or receive it, pack it, commit the manifest |
 //! | [`schedule`], [`keeper`] | when a snapshot is taken, and the one task that takes it |
 //! | [`lease`] | which agent may |
+//! | [`ledger`] | what happened, told to every location |
 //! | [`epochs`], [`writer`] | data keys; writing to a location in the order of the format |
 //! | [`copy`] | one object from one location to another |
 //! | [`sync`] | compares the locations, copies to each what it lacks, replaces what is damaged |
@@ -28,7 +29,7 @@
 //! | [`synchronous`] | whether commits wait for this agent |
 //! | `indexer` | footers of many spans in one object |
 //! | [`control`], [`status`], [`alarms`] | what the running agent tells |
-//! | [`context`], [`allocator`] | what every task is given; how memory is given back |
+//! | [`context`], [`allocator`], `durable` | what every task is given; how memory is given back; files that are there whole |
 
 pub mod alarms;
 pub mod allocator;
@@ -37,11 +38,13 @@ pub mod connect;
 pub mod context;
 pub mod control;
 pub mod copy;
+mod durable;
 pub mod epochs;
 mod indexer;
 pub mod init;
 pub mod keeper;
 pub mod lease;
+pub mod ledger;
 pub mod prune;
 mod run;
 pub mod schedule;

@@ -13,6 +13,7 @@ use crate::indexer;
 use crate::init::check_location;
 use crate::keeper;
 use crate::lease::Leasing;
+use crate::ledger::Ledger;
 use crate::prune::Systems;
 use crate::schedule::Schedule;
 use crate::status::{LocationRequests, Status};
@@ -63,6 +64,12 @@ pub async fn run(settings: Settings) -> Result<()> {
         writers.push(Arc::new(Writer::new(location, epochs.clone(), expected)));
     }
     let listener = control::listen(&settings.state_dir)?;
+    let ledger = Ledger::open(
+        &settings.state_dir,
+        server.system,
+        settings.agent.clone(),
+        settings.locations.len(),
+    )?;
     let context = Arc::new(AgentContext {
         settings,
         system: server.system,
@@ -72,6 +79,7 @@ pub async fn run(settings: Settings) -> Result<()> {
         epochs,
         nobody_waits: Default::default(),
         alarms,
+        ledger,
         systems: Systems::default(),
         strays: Default::default(),
         damage: Default::default(),
@@ -114,6 +122,7 @@ async fn supervise(
     tasks.spawn(indexing);
     tasks.spawn(control::serve(listener, status, keeper, context.clone()));
     tasks.spawn(synchronous::watch(context.clone()));
+    tasks.spawn(tell(context.clone()));
 
     let mut result = Ok(());
     while let Some(ended) = tasks.join_next().await {
@@ -127,6 +136,16 @@ async fn supervise(
         context.stop.cancel();
     }
     result
+}
+
+/// Keeps the ledger.
+async fn tell(context: Arc<AgentContext>) -> Result<()> {
+    let AgentContext { ledger, writers, epochs, alarms, stop, .. } = &*context;
+    tokio::select! {
+        () = stop.cancelled() => {}
+        () = ledger.tell(writers, epochs, alarms) => {}
+    }
+    Ok(())
 }
 
 /// What each location has been asked since the agent started, in the order of the config.

@@ -28,6 +28,7 @@ pub use strays::Strays;
 use crate::context::AgentContext;
 use crate::prune::{self, System};
 use backstay_common::id::LocationName;
+use backstay_common::ledger::Event;
 use backstay_common::name::ObjectName;
 use backstay_common::retention::{Gone, Stays, Verdict, View};
 use backstay_common::{Error, Kind, Result};
@@ -319,12 +320,21 @@ async fn synchronise(
         if mended.copied.objects > 0 {
             let copied = mended.copied;
             tracing::info!(location = %place.name(), "copied what it lacked: {copied}");
+            // That the ledger was copied is nothing for the ledger: it would never end.
+            if copied.objects > mended.copied_entries {
+                context.tell(
+                    Event::Copied,
+                    place.name(),
+                    format!("system {}: {copied}", system.id),
+                );
+            }
         }
         told.copied = mended.copied;
         join(&mut left, mended.damaged);
         let mut damaged = place.damaged.clone();
         for (name, size) in mended.repaired {
-            damaged.remove(&name);
+            let why = damaged.remove(&name).unwrap_or_default();
+            context.tell(Event::Replaced, place.name(), format!("{name}: {why}"));
             told.repaired.add(size);
         }
         for difference in mended.left {

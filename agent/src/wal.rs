@@ -48,6 +48,7 @@ mod slot;
 mod spool;
 
 use crate::context::AgentContext;
+use crate::durable::sync_folder;
 use crate::lease::Leasing;
 use backstay_common::id::{Branch, LocationName};
 use backstay_common::location::Role;
@@ -349,7 +350,7 @@ fn remove_line(path: &WalPath, line: &Arc<Line>) -> Result<()> {
     }
     let folder = line.spool.folder();
     std::fs::remove_dir_all(&folder)
-        .and_then(|()| spool::sync_folder(&path.root))
+        .and_then(|()| sync_folder(&path.root))
         .context(format!("remove {}", folder.display()))?;
     path.board.update(|state| state.lines.remove(&line.number));
     Ok(())
@@ -441,7 +442,7 @@ async fn blocking<T: Send + 'static>(
 }
 
 /// How long to wait after so many failures in a row: doubling from the first to the second bound, a random half of it.
-fn backoff(failures: u32, (least, most): (Duration, Duration)) -> Duration {
+pub(crate) fn backoff(failures: u32, (least, most): (Duration, Duration)) -> Duration {
     let full = least.saturating_mul(1 << failures.clamp(1, 16).saturating_sub(1)).min(most);
     let [random] = backstay_common::id::random_bytes::<1>();
     full / 2 + (full / 2).mul_f64(f64::from(random) / 255.0)

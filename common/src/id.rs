@@ -362,6 +362,33 @@ impl AgentName {
     }
 }
 
+/// Who adds to a ledger: an agent, by the chain that one state directory of it began.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct LedgerWriter {
+    pub agent: AgentName,
+    pub chain: ObjectId,
+}
+
+impl fmt::Display for LedgerWriter {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}-{}", self.agent, self.chain)
+    }
+}
+
+impl FromStr for LedgerWriter {
+    type Err = BadId;
+
+    fn from_str(text: &str) -> Result<LedgerWriter, BadId> {
+        let parse = || {
+            let (agent, chain) = text.rsplit_once('-')?;
+            Some(LedgerWriter { agent: agent.parse().ok()?, chain: chain.parse().ok()? })
+        };
+        parse().ok_or_else(|| bad(text, "a ledger's writer such as db1-0011223344556677"))
+    }
+}
+
+text_serde!(LedgerWriter);
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -378,6 +405,8 @@ mod tests {
             inverse(EpochId::from_bytes(bytes));
             inverse(ObjectId::from_bytes(bytes[..8].try_into().unwrap()));
             inverse(SystemId::new(system));
+            let chain = ObjectId::from_bytes(bytes[..8].try_into().unwrap());
+            inverse(LedgerWriter { agent: "db-1".parse().unwrap(), chain });
             inverse(Branch {
                 timeline: TimelineId::new(timeline).unwrap(),
                 id: BranchId::from_bytes(short(0)),

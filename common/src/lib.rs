@@ -21,7 +21,7 @@
 //! | [`keys`] | epochs, and the providers that wrap their keys |
 //! | [`seal`], [`cbor`], [`pool`] | the envelope of every object; encoded metadata; where codecs run |
 //! | [`cluster`], [`origin`], [`span`], [`head`] | the marker of a location; branches; stored WAL; idle coverage |
-//! | [`lease`], [`gap`] | who takes snapshots; WAL that nobody has |
+//! | [`lease`], [`gap`], [`ledger`] | who takes snapshots; WAL that nobody has; what happened |
 //! | [`footer`] | an object's metadata, from its two ends |
 //! | [`walindex`] | a cache: the footers of many spans in one object |
 //! | [`snapshot`] | file maps, file table, manifest |
@@ -47,6 +47,7 @@ pub mod head;
 pub mod id;
 pub mod keys;
 pub mod lease;
+pub mod ledger;
 pub mod line;
 pub mod location;
 pub mod lsn;

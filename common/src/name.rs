@@ -2,7 +2,7 @@
 //!
 //! Names are relative to a location's prefix. `FORMAT.md` has the grammar.
 
-use crate::id::{AgentName, Branch, EpochId, ObjectId, SnapshotId, SystemId};
+use crate::id::{AgentName, Branch, EpochId, LedgerWriter, ObjectId, SnapshotId, SystemId};
 use crate::lsn::{Lsn, LsnRange};
 use std::fmt;
 use std::str::FromStr;
@@ -38,6 +38,8 @@ pub enum ObjectName {
     Lease { system: SystemId, generation: u64 },
     /// WAL that nobody has, and why.
     Gap { system: SystemId, branch: Branch, range: LsnRange, id: ObjectId },
+    /// One thing that happened.
+    Ledger { system: SystemId, writer: LedgerWriter, seq: u64 },
 }
 
 /// Folders of a location, for listings. Each ends in `/`.
@@ -110,6 +112,10 @@ pub mod folder {
     pub fn gaps(system: SystemId) -> String {
         format!("{system}/gap/")
     }
+
+    pub fn ledger(system: SystemId) -> String {
+        format!("{system}/ledger/")
+    }
 }
 
 impl ObjectName {
@@ -129,7 +135,8 @@ impl ObjectName {
             | ObjectName::Pin { system, .. }
             | ObjectName::Condemned { system, .. }
             | ObjectName::Lease { system, .. }
-            | ObjectName::Gap { system, .. } => Some(*system),
+            | ObjectName::Gap { system, .. }
+            | ObjectName::Ledger { system, .. } => Some(*system),
         }
     }
 }
@@ -187,6 +194,9 @@ impl fmt::Display for ObjectName {
             ObjectName::Gap { system, branch, range, id } => {
                 write!(f, "{system}/gap/{branch}/{}-{}.{id}", range.start.name(), range.end.name())
             }
+            ObjectName::Ledger { system, writer, seq } => {
+                write!(f, "{system}/ledger/{writer}/{seq:020}")
+            }
         }
     }
 }
@@ -227,6 +237,9 @@ fn parse(text: &str) -> Option<ObjectName> {
             ObjectName::Gap { system, branch: branch.parse().ok()?, range, id }
         }
         ["lease", generation] => ObjectName::Lease { system, generation: generation.parse().ok()? },
+        ["ledger", writer, seq] => {
+            ObjectName::Ledger { system, writer: writer.parse().ok()?, seq: seq.parse().ok()? }
+        }
         ["walindex", branch, file] => {
             let (range, id) = range_and_id(file)?;
             ObjectName::WalIndex { system, branch: branch.parse().ok()?, range, id }
@@ -267,7 +280,7 @@ mod tests {
 
     prop_compose! {
         fn any_name()(
-            which in 0..14, system: u64, bytes: [u8; 16], timeline in 1u32..,
+            which in 0..15, system: u64, bytes: [u8; 16], timeline in 1u32..,
             start in 0..u64::MAX, length in 1..u64::MAX, second in 0i64..4_000_000_000,
             agent in "[a-z][a-zA-Z0-9_.-]{0,20}", seq: u64,
         ) -> ObjectName {
@@ -292,6 +305,10 @@ mod tests {
                 9 => ObjectName::Lease { system, generation: seq },
                 10 => ObjectName::Gap { system, branch, range, id },
                 12 => ObjectName::Accepted { system },
+                13 => {
+                    let writer = LedgerWriter { agent: agent.parse().unwrap(), chain: id };
+                    ObjectName::Ledger { system, writer, seq }
+                }
                 _ => ObjectName::Manifest { system, snapshot },
             }
         }

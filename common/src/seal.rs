@@ -78,7 +78,8 @@ impl Sealed {
     }
 }
 
-fn trailer_of(object: &[u8]) -> [u8; TRAILER_BYTES] {
+/// The trailer of a whole object.
+pub fn trailer_of(object: &[u8]) -> [u8; TRAILER_BYTES] {
     object[object.len() - TRAILER_BYTES..].try_into().expect("32 bytes")
 }
 

@@ -71,6 +71,8 @@ pub enum Verb {
     Restore(RestoreArgs),
     /// PostgreSQL's restore_command: give it one WAL file
     WalFetch(WalFetchArgs),
+    /// Show what happened: gaps, and what was copied or replaced between locations
+    Ledger,
     /// Make keys
     #[command(subcommand)]
     Keys(KeysVerb),

@@ -23,7 +23,7 @@
 //!   └ report.rs         what was reached, lost, cleared; how long it took
 //! ```
 //!
-//! keys.rs makes keys; progress.rs shows how far a phase has come.
+//! keys.rs makes keys; ledger.rs tells what happened; progress.rs shows how far a phase has come.
 
 pub mod access;
 pub mod binaries;
@@ -32,6 +32,7 @@ pub mod directory;
 pub mod fetch;
 pub mod keys;
 pub mod layout;
+pub mod ledger;
 pub mod list;
 pub mod materialize;
 pub mod owner;

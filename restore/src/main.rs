@@ -1,7 +1,7 @@
 //! `backstay`: parses, resolves, runs, and turns an error into an exit code.
 
 use backstay::cli::{Cli, Global, KeysVerb, PlanArgs, RestoreArgs, Verb, WalFetchArgs};
-use backstay::{keys, list, plan, restore, wal_fetch, wal_spool};
+use backstay::{keys, ledger, list, plan, restore, wal_fetch, wal_spool};
 use backstay_common::catalog::Catalog;
 use backstay_common::{Error, Kind, Result};
 use clap::Parser;
@@ -18,11 +18,11 @@ fn main() -> ExitCode {
     start_log(cli.global.verbose);
     let outcome = match &cli.verb {
         Verb::WalFetch(args) => return fetch_wal(args),
-        Verb::Keys(KeysVerb::Generate { out }) => generate(out, cli.global.json),
+        Verb::Keys(KeysVerb::Generate { out }) => generate(out, cli.global.json).map(|()| 0),
         _ => runtime().and_then(|runtime| runtime.block_on(run(&cli))),
     };
     match outcome {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(code) => ExitCode::from(code),
         Err(error) => {
             complain(&error, cli.global.json);
             ExitCode::from(error.kind().exit_code())
@@ -30,14 +30,17 @@ fn main() -> ExitCode {
     }
 }
 
-async fn run(cli: &Cli) -> Result<()> {
+/// Returns the exit code of what did not fail.
+async fn run(cli: &Cli) -> Result<u8> {
     let work = async {
         match &cli.verb {
             Verb::List => show_list(&cli.global).await,
             Verb::Plan(args) => show_plan(&cli.global, args).await,
             Verb::Restore(args) => run_restore(&cli.global, args).await,
+            Verb::Ledger => return show_ledger(&cli.global).await,
             Verb::WalFetch(_) | Verb::Keys(_) => Ok(()),
         }
+        .map(|()| 0)
     };
     tokio::select! {
         outcome = work => outcome,
@@ -66,6 +69,17 @@ async fn show_list(global: &Global) -> Result<()> {
         None => list::list_all(&access).await?,
     };
     print(global, &listing, &listing)
+}
+
+/// A ledger that is broken is shown, and is an integrity failure.
+async fn show_ledger(global: &Global) -> Result<u8> {
+    let access = global.access().await?;
+    let told = match global.system {
+        Some(system) => ledger::read(&access, &[system]).await?,
+        None => ledger::read(&access, &access.systems).await?,
+    };
+    print(global, &told, &told)?;
+    Ok(if told.faults.is_empty() { 0 } else { Kind::Corrupt.exit_code() })
 }
 
 async fn show_plan(global: &Global, args: &PlanArgs) -> Result<()> {

@@ -228,6 +228,8 @@ async fn a_broken_chain(scene: &Scene, major: Major) -> Result<()> {
         .await?
         .success()?
         .says(&["cannot be recovered", "broken"])?;
+    let branch = site.agent.status().await?["wal"]["branch"].clone();
+    site.told("gap", branch.as_str().context("the branch")?).await?;
     let inside = format!("lsn:{}", at.add(30_000));
     site.deployment.backstay(&["plan", "--to", &inside]).await?.expect(3)?.says(&["broken"])?;
     site.ledger.wait_for(50, PATIENCE).await?;

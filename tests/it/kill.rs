@@ -157,6 +157,7 @@ async fn a_lost_slot(scene: &Scene, major: Major) -> Result<()> {
     site.agent.wait_until("a snapshot closes the gap", PATIENCE, another).await?;
     no_alarm(&mut site).await?;
     ensure!(site.agent.log().contains("wal-gap"), "the gap was no alarm");
+    site.told("gap", "").await?;
     ensure!(site.cluster.value(slot).await? == "reserved", "the slot holds nothing");
     tokio::time::sleep(Duration::from_secs(1)).await;
     site.ledger.wait_for(50, PATIENCE).await?;

@@ -11,7 +11,7 @@ use backstay_tests::programs::{Agent, Configuration, Deployment, Finished};
 use backstay_tests::scene::Scene;
 use serde_json::Value;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// How long anything that must happen by itself may take on a busy machine.
 pub const PATIENCE: Duration = Duration::from_secs(180);
@@ -103,6 +103,22 @@ impl<'s> Site<'s> {
     /// `backstay plan --to TARGET --json`.
     pub async fn plan(&self, to: &str) -> Result<Value> {
         self.deployment.backstay(&["plan", "--to", to, "--json"]).await?.success()?.json()
+    }
+
+    /// Waits until `backstay ledger` tells of such an event, in these words.
+    pub async fn told(&self, event: &str, words: &str) -> Result<()> {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let told = self.deployment.backstay(&["ledger", "--json"]).await?.success()?.json()?;
+            let entries = told["entries"].as_array().context("entries")?;
+            let is_it =
+                |entry: &&Value| entry["event"] == event && entry.to_string().contains(words);
+            if entries.iter().find(is_it).is_some() {
+                return Ok(());
+            }
+            ensure!(Instant::now() < deadline, "no {event} of {words:?} in the ledger: {told}");
+            tokio::time::sleep(Duration::from_millis(200)).await;
+        }
     }
 
     /// Restores beside the original, and starts it with `--start`.

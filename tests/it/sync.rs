@@ -200,6 +200,10 @@ async fn made_equal(site: &mut Site<'_>, places: &Places, snapshot: &str) -> Res
     for name in &names {
         ensure!(places.read(0, name)? == places.read(1, name)?, "{name} has two contents");
     }
+    site.told("copied", LOCATIONS[1]).await?;
+    for name in &damaged {
+        site.told("replaced", name).await?;
+    }
     let status = site.agent.status().await?;
     ensure!(status["alarms"].as_array().is_some_and(Vec::is_empty), "{status}");
     Ok(())

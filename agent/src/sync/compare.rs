@@ -15,7 +15,10 @@ pub fn group(name: &ObjectName) -> Option<usize> {
     match name {
         ObjectName::Wrap { .. } | ObjectName::Lease { .. } => Some(0),
         ObjectName::Origin { .. } | ObjectName::Begin { .. } | ObjectName::Pin { .. } => Some(1),
-        ObjectName::Pack { .. } | ObjectName::Wal { .. } | ObjectName::Gap { .. } => Some(2),
+        ObjectName::Pack { .. }
+        | ObjectName::Wal { .. }
+        | ObjectName::Gap { .. }
+        | ObjectName::Ledger { .. } => Some(2),
         ObjectName::WalIndex { .. } => Some(3),
         ObjectName::Manifest { .. } => Some(4),
         ObjectName::Cluster

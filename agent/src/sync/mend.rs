@@ -68,6 +68,8 @@ pub struct Mended {
     /// Copies that were found damaged on the way.
     pub damaged: Findings,
     pub copied_wal: bool,
+    /// How many of the copied are entries of the ledger.
+    pub copied_entries: u64,
 }
 
 impl<'a> Mending<'a> {
@@ -140,6 +142,7 @@ impl<'a> Mending<'a> {
         state.refusals = 0;
         state.epochs.insert(whole.epoch);
         state.done.copied_wal |= matches!(name, ObjectName::Wal { .. });
+        state.done.copied_entries += u64::from(matches!(name, ObjectName::Ledger { .. }));
         match self.to.damaged.contains_key(&name) {
             true => {
                 tracing::info!(location = %self.to.name(), "replaced {name}, which was damaged");

@@ -20,6 +20,7 @@ use crate::sync::superseded;
 use backstay_common::catalog::cover::uncovered;
 use backstay_common::gap::Cause;
 use backstay_common::id::Branch;
+use backstay_common::ledger::Event;
 use backstay_common::line::{Past, line_of};
 use backstay_common::location::Location;
 use backstay_common::lsn::{Lsn, LsnRange};
@@ -285,6 +286,8 @@ impl Filling {
             }
         }
         if !copied.is_empty() {
+            let detail = format!("{} objects of WAL before {}", copied.len(), self.begin);
+            self.path.context.tell(Event::Copied, self.place().name(), detail);
             // Pieces, of which the shelf may know nothing any more.
             let all: Vec<ObjectName> = has.iter().cloned().chain(copied.iter().cloned()).collect();
             self.tidy(&all).await;

@@ -6,17 +6,16 @@
 
 use super::WalPath;
 use super::board::LastGap;
-use super::spool::sync_folder;
+use crate::durable::{self, sync_folder};
 use backstay_common::gap::{Cause, Gap};
 use backstay_common::id::Branch;
+use backstay_common::ledger::Event;
 use backstay_common::lsn::{Lsn, LsnRange};
 use backstay_common::name::ObjectName;
 use backstay_common::seal::Header;
 use backstay_common::{Context, Error, Kind, Result};
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
-use std::fs::File;
-use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -68,7 +67,7 @@ impl Gaps {
     pub fn keep(&self, kept: &Kept) -> Result<()> {
         let number = self.numbers()?.last().map_or(1, |(number, _)| number + 1);
         let text = serde_json::to_vec(kept).map_err(|e| Error::new(Kind::Bug, e))?;
-        self.write(&self.path(number, "json"), &text)
+        Gaps::write(&self.path(number, "json"), &text)
     }
 
     /// The last gap that was met, told or not.
@@ -109,16 +108,8 @@ impl Gaps {
         self.folder.join(format!("{number:06}.{kind}"))
     }
 
-    fn write(&self, path: &Path, bytes: &[u8]) -> Result<()> {
-        let temporary = path.with_extension("tmp");
-        let write = || -> std::io::Result<()> {
-            let mut file = File::create(&temporary)?;
-            file.write_all(bytes)?;
-            file.sync_all()?;
-            std::fs::rename(&temporary, path)?;
-            sync_folder(&self.folder)
-        };
-        write().context(format!("write {}", path.display()))
+    fn write(path: &Path, bytes: &[u8]) -> Result<()> {
+        durable::write(path, bytes).context(format!("write {}", path.display()))
     }
 
     /// The object under its name: the file's first line.
@@ -138,7 +129,7 @@ impl Gaps {
 
     fn keep_sealed(&self, number: u32, name: &ObjectName, bytes: &[u8]) -> Result<()> {
         let line = format!("{name}\n");
-        self.write(&self.path(number, "sealed"), &[line.as_bytes(), bytes].concat())
+        Gaps::write(&self.path(number, "sealed"), &[line.as_bytes(), bytes].concat())
     }
 
     fn told(&self, number: u32) -> Result<()> {
@@ -239,6 +230,8 @@ impl WalPath {
         let noticed = jiff::Timestamp::now();
         let kept = Kept { start, end, cause, detail, noticed, line, branch };
         self.gaps.keep(&kept)?;
+        let of = kept.branch.map_or("a new branch".to_string(), |branch| branch.to_string());
+        self.context.tell(Event::Gap, of, format!("{start}..{end}: {}", kept.detail));
         self.board.update(|state| state.server.gap = Some(kept.in_short()));
         Ok(())
     }

@@ -7,7 +7,8 @@
 //! A crash while a line is being made leaves a folder without WAL, which the next start removes.
 
 use super::cut::Cut;
-use super::spool::{Spool, sync_folder};
+use super::spool::Spool;
+use crate::durable::sync_folder;
 use backstay_common::id::Branch;
 use backstay_common::lsn::{Lsn, LsnRange};
 use backstay_common::origin::Beginnings;

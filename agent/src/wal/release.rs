@@ -7,7 +7,7 @@
 use super::WalPath;
 use super::board::State;
 use super::line::Line;
-use super::spool::sync_folder;
+use crate::durable::sync_folder;
 use backstay_common::gap::Cause;
 use backstay_common::lsn::{Lsn, LsnRange};
 use backstay_common::{Context, Result};

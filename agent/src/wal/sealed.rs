@@ -6,7 +6,7 @@
 
 use super::line::Line;
 use super::shelf::Item;
-use super::spool::sync_folder;
+use crate::durable::sync_folder;
 use backstay_common::id::{Branch, SystemId};
 use backstay_common::lsn::{Lsn, LsnRange};
 use backstay_common::name::ObjectName;

@@ -13,6 +13,7 @@
 //! A failed fsync is an error that stops the process. What the kernel holds of the file is unknown then, and a second
 //! fsync would report a success that is none.
 
+use crate::durable::sync_folder;
 use backstay_common::id::Branch;
 use backstay_common::lsn::{Lsn, LsnRange};
 use backstay_common::{Context, Error, Kind, Result};
@@ -259,11 +260,6 @@ fn create_file(folder: &Path, start: Lsn) -> io::Result<File> {
     let file = options.read(true).write(true).create(true).truncate(true).open(path)?;
     sync_folder(folder)?;
     Ok(file)
-}
-
-/// Makes the entries of a folder durable.
-pub fn sync_folder(folder: &Path) -> io::Result<()> {
-    File::open(folder)?.sync_all()
 }
 
 /// True if the disk or the quota is full.

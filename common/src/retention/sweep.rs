@@ -108,6 +108,7 @@ impl Sweep<'_> {
             ObjectName::Cluster | ObjectName::Accepted { .. } | ObjectName::Wrap { .. } => {
                 Ok(Stays::Bookkeeping)
             }
+            ObjectName::Ledger { .. } => Ok(Stays::Bookkeeping),
             // Judged when it is known what goes.
             ObjectName::Condemned { .. } => Ok(Stays::Bookkeeping),
             ObjectName::Manifest { snapshot, .. } => {

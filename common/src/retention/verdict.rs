@@ -21,7 +21,7 @@ pub enum Stays {
     Damage,
     /// A snapshot is being taken.
     Running,
-    /// It is a pin that holds, a list of what is condemned, or a key.
+    /// It is a pin that holds, a list of what is condemned, a key, or an entry of the ledger.
     Bookkeeping,
 }
 

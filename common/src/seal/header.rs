@@ -48,10 +48,11 @@ pub enum ObjectKind {
     Accepted = 12,
     Lease = 14,
     Gap = 15,
+    Ledger = 16,
 }
 
 impl ObjectKind {
-    const ALL: [ObjectKind; 14] = [
+    const ALL: [ObjectKind; 15] = [
         ObjectKind::Cluster,
         ObjectKind::Wrap,
         ObjectKind::Origin,
@@ -66,6 +67,7 @@ impl ObjectKind {
         ObjectKind::Accepted,
         ObjectKind::Lease,
         ObjectKind::Gap,
+        ObjectKind::Ledger,
     ];
 
     /// The kind of the object that `name` names.
@@ -85,6 +87,7 @@ impl ObjectKind {
             ObjectName::Condemned { .. } => ObjectKind::Condemned,
             ObjectName::Lease { .. } => ObjectKind::Lease,
             ObjectName::Gap { .. } => ObjectKind::Gap,
+            ObjectName::Ledger { .. } => ObjectKind::Ledger,
         }
     }
 

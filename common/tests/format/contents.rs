@@ -4,10 +4,11 @@ use backstay_common::cluster::AcceptedRecord;
 use backstay_common::condemned::Condemned;
 use backstay_common::gap::{Cause, Gap};
 use backstay_common::head::Head;
-use backstay_common::id::{Branch, ObjectId, SnapshotId, SystemId};
+use backstay_common::id::{Branch, LedgerWriter, ObjectId, SnapshotId, SystemId};
 use backstay_common::keys::Keyring;
 use backstay_common::keys::file::FileProvider;
 use backstay_common::lease::Lease;
+use backstay_common::ledger::{Entry, Event};
 use backstay_common::location::{Location, LocationSettings};
 use backstay_common::lsn::{Lsn, LsnRange};
 use backstay_common::name::ObjectName;
@@ -149,6 +150,27 @@ pub fn gap() -> Gap {
         noticed: 1_795_312_900,
         detail: "the server no longer has the WAL after 16/B5000000".into(),
     }
+}
+
+/// Two entries of one chain, the second with the number 2.
+pub fn entries() -> [Entry; 2] {
+    let copied = Entry {
+        at: 1_795_312_900_250,
+        event: Event::Copied.word().into(),
+        subject: "virginia".into(),
+        detail: "system 7312345678901234567: 3 objects, 4.5 MiB".into(),
+    };
+    let gap = Entry {
+        event: Event::Gap.word().into(),
+        subject: gap().branch.to_string(),
+        detail: gap().detail,
+        ..copied.clone()
+    };
+    [copied, gap]
+}
+
+pub fn writer() -> LedgerWriter {
+    "db1-4c6564676572a001".parse().unwrap()
 }
 
 pub fn snapshot() -> SnapshotId {

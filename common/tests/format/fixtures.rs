@@ -8,10 +8,13 @@ use backstay_common::gap::Gap;
 use backstay_common::head::Head;
 use backstay_common::keys::Epoch;
 use backstay_common::lease::Lease;
+use backstay_common::ledger::{Entry, NOTHING_BEFORE, previous_of};
 use backstay_common::name::{ObjectName, folder};
 use backstay_common::origin::Origin;
 use backstay_common::pin::PinRecord;
-use backstay_common::seal::{Codec, FrameSpan, Header, Object, ObjectKind, Opener, Unpacker};
+use backstay_common::seal::{
+    Codec, FrameSpan, Header, Object, ObjectKind, Opener, Unpacker, trailer_of,
+};
 use backstay_common::snapshot::manifest::read_plain;
 use backstay_common::snapshot::{
     Begin, BytesRef, Content, FileMap, FrameRef, FrameUse, Manifest, ManifestPlain, PackMeta,
@@ -46,7 +49,7 @@ fn of_kind(objects: &BTreeMap<ObjectName, Bytes>, kind: ObjectKind) -> Vec<(&Obj
 #[tokio::test]
 async fn every_object_checks_without_a_key() {
     let (objects, _) = all().await;
-    assert_eq!(objects.len(), 18);
+    assert_eq!(objects.len(), 20);
     for (name, bytes) in &objects {
         assert_eq!(Header::check(bytes, name).unwrap().name(), name);
     }
@@ -66,6 +69,9 @@ async fn every_object_checks_without_a_key() {
     assert_eq!(identity.systems, [(SYSTEM, cluster.made), (NEXT_SYSTEM, accepted().made)]);
     let (name, bytes) = of_kind(&objects, ObjectKind::Lease).remove(0);
     assert_eq!(Lease::read(&bytes, name).unwrap(), lease());
+    let ledger = of_kind(&objects, ObjectKind::Ledger);
+    let previous = ledger.iter().map(|(name, bytes)| previous_of(bytes, name).unwrap());
+    assert_eq!(previous.collect::<Vec<_>>(), [NOTHING_BEFORE, trailer_of(&ledger[0].1)]);
 }
 
 #[tokio::test]
@@ -79,6 +85,11 @@ async fn branches_and_heads_open() {
     }
     let (name, bytes) = of_kind(&objects, ObjectKind::Gap).remove(0);
     assert_eq!(Gap::open(bytes, name, &epoch).unwrap(), gap());
+    let ledger = of_kind(&objects, ObjectKind::Ledger);
+    for (((name, bytes), expected), seq) in ledger.into_iter().zip(entries()).zip(1..) {
+        assert_eq!(*name, ObjectName::Ledger { system: SYSTEM, writer: writer(), seq });
+        assert_eq!(Entry::open(bytes, name, &epoch).unwrap().entry, expected);
+    }
     let (name, expected) = head();
     assert_eq!(Head::open(objects[&name].clone(), &name, &epoch).unwrap(), expected);
 }

@@ -6,6 +6,7 @@ use backstay_common::cbor;
 use backstay_common::cluster::ClusterRecord;
 use backstay_common::keys::file::FileProvider;
 use backstay_common::keys::{Epoch, Keyring};
+use backstay_common::ledger::NOTHING_BEFORE;
 use backstay_common::name::ObjectName;
 use backstay_common::origin::Origin;
 use backstay_common::seal::{Draft, Frame, ObjectKind, Packer, Sealed, seal};
@@ -72,6 +73,19 @@ async fn make_leases_and_gaps() {
     require_none(&objects, &[ObjectKind::Lease, ObjectKind::Gap]);
     write(&lease().seal(&epoch, SYSTEM));
     write(&gap().seal(&epoch, SYSTEM));
+}
+
+#[tokio::test]
+#[ignore = "fixtures are files, and are never made again"]
+async fn make_the_ledger() {
+    let (objects, epoch) = all().await;
+    require_none(&objects, &[ObjectKind::Ledger]);
+    let mut previous = NOTHING_BEFORE;
+    for (entry, seq) in entries().iter().zip(1..) {
+        let sealed = entry.seal(&epoch, SYSTEM, &writer(), seq, previous);
+        write(&sealed);
+        previous = sealed.hash();
+    }
 }
 
 #[tokio::test]

@@ -5,6 +5,7 @@ use super::*;
 use crate::context::AgentContext;
 use crate::epochs::Epochs;
 use crate::lease::Leasing;
+use crate::ledger::Ledger;
 use backstay_common::config::Settings;
 use backstay_common::id::SystemId;
 use backstay_common::keys::Keyring;
@@ -55,6 +56,7 @@ fn path(state: &Path, policy: &str) -> Arc<WalPath> {
         damage: Default::default(),
         nobody_waits: Default::default(),
         alarms: Arc::default(),
+        ledger: Ledger::open(state, SYSTEM, settings.agent.clone(), 0).unwrap(),
         stop: CancellationToken::new(),
         settings,
     });
