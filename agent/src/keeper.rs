@@ -1,8 +1,9 @@
 //! Keeps snapshots: takes one at first start, on schedule and when asked, and makes the locations equal in between. Prunes
 //! after each snapshot, when something that was condemned is due, and when asked.
 //!
-//! One snapshot at a time: all of it happens in one task. A run that was missed while the agent was down is caught up
-//! at the next start. A server that has come to another timeline, restored or promoted, gets a snapshot at once: replay
+//! One snapshot at a time: all of it happens in one task. To make the locations equal may take long where one of them is new:
+//! a snapshot or a prune that is due ends it, and then it begins again with what is still missing. A run that was missed while
+//! the agent was down is caught up at the next start. A server that has come to another timeline, restored or promoted, gets a snapshot at once: replay
 //! across the switch works, but the newest state deserves a near beginning. So does WAL behind a gap, which
 //! cannot be reached in any other way. Only the agent that holds the lease takes snapshots and
 //! prunes, and none while it stands by.
@@ -21,9 +22,11 @@ use backstay_common::name::{ObjectName, folder};
 use backstay_common::snapshot::manifest::read_plain;
 use backstay_common::{Error, Kind, Result};
 use jiff::Timestamp;
+use std::collections::VecDeque;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use tokio::sync::{mpsc, oneshot, watch};
+use tokio::task::{JoinError, JoinSet};
 
 /// How long after a failed snapshot the next attempt is made.
 const RETRY_AFTER: Duration = Duration::from_secs(300);
@@ -54,11 +57,14 @@ enum Job {
 }
 
 /// A comparison, with what has been found damaged by reading everything.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 struct SyncAsked {
     deep: bool,
     findings: Findings,
 }
+
+/// Whoever waits for a comparison.
+type SyncReply = Option<oneshot::Sender<Result<SyncReport>>>;
 
 /// The handle of the keeper's task.
 #[derive(Clone, Debug)]
@@ -151,6 +157,10 @@ pub struct KeeperTask {
     prune_due: Option<Timestamp>,
     /// The last prune failed, at one location at least.
     prune_failed: bool,
+    /// Comparisons to be made,
+    syncs: VecDeque<(SyncAsked, SyncReply)>,
+    /// and the first of them while it is under way.
+    syncing: JoinSet<Result<SyncReport>>,
 }
 
 /// Why the keeper woke up.
@@ -159,6 +169,7 @@ enum Wake {
     Asked(Job),
     Due(Reason),
     Sync,
+    Synced(Result<SyncReport>),
     Prune,
     /// The server has left recovery.
     TakeOver,
@@ -191,6 +202,8 @@ pub fn new(
         behind: (None, None),
         prune_due: None,
         prune_failed: false,
+        syncs: VecDeque::new(),
+        syncing: JoinSet::new(),
     };
     (keeper, task)
 }
@@ -198,7 +211,7 @@ pub fn new(
 impl KeeperTask {
     /// Runs until the agent stops.
     pub async fn run(mut self) -> Result<()> {
-        let _ = self.synchronise(SyncAsked::default()).await;
+        self.synchronise(SyncAsked::default(), None);
         let mut last = self.last_snapshot().await;
         // What was condemned before a restart is due some time; a first snapshot prunes by itself.
         self.prune_due = last.map(|_| Timestamp::now());
@@ -212,12 +225,15 @@ impl KeeperTask {
             let reason = match self.wait(due, next, last).await {
                 Wake::Stop => return Ok(()),
                 Wake::Sync => {
-                    // The alarms and the log say what went wrong.
-                    let _ = self.synchronise(SyncAsked::default()).await;
+                    self.synchronise(SyncAsked::default(), None);
                     continue;
                 }
                 Wake::Asked(Job::Sync(asked, reply)) => {
-                    let _ = reply.send(self.synchronise(asked).await);
+                    self.synchronise(asked, Some(reply));
+                    continue;
+                }
+                Wake::Synced(report) => {
+                    self.synchronised(report);
                     continue;
                 }
                 Wake::Prune => {
@@ -291,10 +307,17 @@ impl KeeperTask {
         next: Option<Timestamp>,
         last: Option<Newest>,
     ) -> Wake {
-        if self.wal.borrow().standing_by {
+        let is_prune_due = self.prune_due.is_some_and(|due| due <= Timestamp::now());
+        let stands_by = self.wal.borrow().standing_by;
+        if stands_by || due.is_some() || !is_prune_due {
+            self.begin_sync();
+        }
+        let is_syncing = !self.syncing.is_empty();
+        if stands_by {
             return tokio::select! {
                 () = self.context.stop.cancelled() => Wake::Stop,
                 asked = self.requests.recv() => asked.map_or(Wake::Stop, Wake::Asked),
+                Some(report) = self.syncing.join_next() => Wake::Synced(ended(report)),
                 Ok(_) = self.wal.wait_for(|wal| !wal.standing_by) => Wake::TakeOver,
             };
         }
@@ -314,8 +337,9 @@ impl KeeperTask {
                 true => Wake::TakeOver,
                 false => Wake::Due(last.and_then(|last| reason_of(&wal, last)).unwrap_or(reason)),
             },
-            () = tokio::time::sleep(next_sync), if due.is_none() => Wake::Sync,
-            () = tokio::time::sleep(next_prune.min(Duration::from_secs(86_400 * 30))), if due.is_none() => Wake::Prune,
+            Some(report) = self.syncing.join_next() => Wake::Synced(ended(report)),
+            () = tokio::time::sleep(next_sync), if due.is_none() && self.syncs.is_empty() => Wake::Sync,
+            () = tokio::time::sleep(next_prune.min(Duration::from_secs(86_400 * 30))), if due.is_none() && !is_syncing => Wake::Prune,
         }
     }
 
@@ -336,6 +360,7 @@ impl KeeperTask {
         self.wait_for_the_slot().await;
         self.behind = (self.wal.borrow().branch, self.wal.borrow().gap_end);
         let generation = self.generation().await?;
+        self.pause_sync().await;
         let request = SnapshotRequest { fast_checkpoint, reason, generation };
         self.update(|status| status.running = Some(SnapshotProgress::default()));
         let taken = tokio::select! {
@@ -389,8 +414,9 @@ impl KeeperTask {
 
     /// Never beside a snapshot or a copying of ours: all of it is this task.
     async fn prune(&mut self, options: PruneOptions) -> Result<PruneReport> {
+        let stop = self.context.stop.clone();
         let report = tokio::select! {
-            () = self.context.stop.cancelled() => return Err(Error::new(Kind::Cancelled, "the agent is stopping")),
+            () = stop.cancelled() => return Err(Error::new(Kind::Cancelled, "the agent is stopping")),
             report = self.prune_with_lease(options) => report,
         };
         let again = Timestamp::now().checked_add(PRUNE_AGAIN_AFTER[usize::from(self.prune_failed)]);
@@ -416,8 +442,9 @@ impl KeeperTask {
     }
 
     /// Whoever holds the lease prunes, under its generation.
-    async fn prune_with_lease(&self, options: PruneOptions) -> Result<PruneReport> {
+    async fn prune_with_lease(&mut self, options: PruneOptions) -> Result<PruneReport> {
         let generation = self.leasing.held().await?;
+        self.pause_sync().await;
         prune::run(&self.context, generation, options).await
     }
 
@@ -433,11 +460,26 @@ impl KeeperTask {
         tokio::time::sleep(until(next).min(Duration::from_secs(1))).await;
     }
 
-    async fn synchronise(&self, asked: SyncAsked) -> Result<SyncReport> {
-        let report = tokio::select! {
-            () = self.context.stop.cancelled() => return Err(Error::new(Kind::Cancelled, "the agent is stopping")),
-            report = sync::run(&self.context, asked.deep, asked.findings) => report,
+    /// Makes the locations equal when there is time for it.
+    fn synchronise(&mut self, asked: SyncAsked, reply: SyncReply) {
+        self.syncs.push_back((asked, reply));
+    }
+
+    /// Begins the first that waits, unless it is under way.
+    fn begin_sync(&mut self) {
+        let Some((asked, _)) = self.syncs.front().filter(|_| self.syncing.is_empty()) else {
+            return;
         };
+        let (context, SyncAsked { deep, findings }) = (self.context.clone(), asked.clone());
+        self.syncing.spawn(async move { sync::run(&context, deep, findings).await });
+    }
+
+    /// What is under way ends, and begins again later: what has been copied stays.
+    async fn pause_sync(&mut self) {
+        self.syncing.shutdown().await;
+    }
+
+    fn synchronised(&mut self, report: Result<SyncReport>) {
         match &report {
             Ok(report) => {
                 self.nothing_is_pending(report);
@@ -447,7 +489,10 @@ impl KeeperTask {
             }
             Err(error) => tracing::warn!("locations not compared: {error}"),
         }
-        report
+        if let Some((_, Some(reply))) = self.syncs.pop_front() {
+            // Whoever asked may have gone away.
+            let _ = reply.send(report);
+        }
     }
 
     fn next_sync(&self) -> Duration {
@@ -488,6 +533,10 @@ impl KeeperTask {
     fn update(&self, change: impl FnOnce(&mut SnapshotStatus)) {
         change(&mut self.status.lock().expect("no panic while held"));
     }
+}
+
+fn ended(sync: std::result::Result<Result<SyncReport>, JoinError>) -> Result<SyncReport> {
+    sync.unwrap_or_else(|panic| Err(Error::new(Kind::Bug, format!("a sync panicked: {panic}"))))
 }
 
 /// What the WAL path has met since the newest snapshot that wants another one at once.

@@ -7,7 +7,7 @@ use anyhow::{Context, Result, ensure};
 use backstay_common::lsn::SPAN_BYTES;
 use backstay_common::name::ObjectName;
 use backstay_common::snapshot::manifest::read_plain;
-use backstay_tests::bucket::Bucket;
+use backstay_tests::bucket::{Action, Bucket, Fault, Operation};
 use backstay_tests::ledger::Target;
 use backstay_tests::major::Major;
 use backstay_tests::on_drawn_major;
@@ -244,6 +244,52 @@ async fn buckets_are_made_equal(scene: &Scene, major: Major) -> Result<()> {
     Ok(())
 }
 on_drawn_major!(buckets_are_made_equal);
+
+/// A location that is added to the config is filled while the agent works: a snapshot does not wait for that, and goes to the others
+/// meanwhile.
+async fn a_new_location_delays_no_snapshot(scene: &Scene, major: Major) -> Result<()> {
+    let (one, two) = (Bucket::start().await, Bucket::start().await);
+    let cluster = Cluster::build(scene, &major).start().await?;
+    let configuration = Configuration::default().server(&cluster);
+    let configuration = s3::with_bucket(configuration, &one, "one");
+    let mut site = Site::of(scene, cluster, configuration).await?;
+    for _ in 0..2 {
+        site.ledger.wait_for(20, PATIENCE).await?;
+        site.cluster.sql("SELECT pg_switch_wal()").await?;
+    }
+    let snapshot = at_rest(&mut site).await?;
+    site.agent.terminate(PATIENCE).await?;
+    let configuration = s3::with_bucket(site.configuration.clone(), &two, "two");
+    site.deployment.configure(&configuration.key(site.deployment.key()))?;
+    site.deployment.agent_command(&["init"]).await?.success()?;
+    // Older than the snapshot, so that nothing but the filling wants it.
+    let is_span = |name: &String| {
+        let name = name.parse();
+        matches!(name, Ok(ObjectName::Wal { range, .. }) if range.len() == SPAN_BYTES)
+    };
+    let span = s3::objects(&one, "one").into_keys().rfind(is_span).context("a span")?;
+    let hangs = two.faults().add(Fault::on(Operation::Put, Action::Hang).key(span.as_str()));
+    site.agent.restart().await?;
+    let deadline = Instant::now() + PATIENCE;
+    while two.faults().fired(hangs) == 0 {
+        ensure!(Instant::now() < deadline, "nothing is copied to the new location");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    let asked = Instant::now();
+    let outcome = site.deployment.agent_command(&["snapshot", "--json"]).await?.success()?;
+    // A request that hangs is given up after a minute, and made again three times.
+    ensure!(asked.elapsed() < Duration::from_secs(60), "the snapshot took {:?}", asked.elapsed());
+    ensure!(outcome.json()?["id"] != snapshot.as_str(), "{outcome:?}");
+    two.faults().remove(hangs);
+    for args in [&[][..], &["--check"]] {
+        sync(&site, args, 0).await?;
+    }
+    ensure!(s3::objects(&two, "two").contains_key(&span), "{span} was not copied");
+    one.faults().refuse(true);
+    let (restored, _) = site.restore_and_start("copy", "latest", &[]).await?;
+    site.judge(&restored, &Target::All).await.map(|_| ())
+}
+on_drawn_major!(a_new_location_delays_no_snapshot);
 
 /// A pack that is whole nowhere keeps back the manifest that needs it, and nothing else.
 async fn one_bad_object_does_not_stop_the_others(scene: &Scene, major: Major) -> Result<()> {
