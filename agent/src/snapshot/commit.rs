@@ -26,6 +26,10 @@ const LOOK_EVERY: Duration = Duration::from_secs(5);
 /// When the WAL is said to be there, and is not listed yet.
 const LOOK_AGAIN_AFTER: Duration = Duration::from_millis(300);
 
+/// A location that lacks more of what older snapshots stored, as a new one does, is left to sync: the next snapshot is not to
+/// wait for that.
+const FILLED_BYTES_MAX: u64 = 1 << 30;
+
 /// Waits until the WAL of `timeline` has its branch.
 pub async fn branch_of(wal: &watch::Receiver<WalStatus>, timeline: TimelineId) -> Result<Branch> {
     let mut wal = wal.clone();
@@ -106,9 +110,17 @@ impl Commit<'_> {
             .remedy("the next attempt compares with another snapshot"))
     }
 
-    /// Makes sure that all packs are listed, by copying those that are not.
+    /// Makes sure that all packs are listed, by copying those that are not if they are not too many.
     async fn fill(&self, lane: &Lane) -> Result<()> {
         let missing = self.missing(lane).await?;
+        let bytes: u64 = missing.iter().map(|entry| entry.size).sum();
+        if bytes > FILLED_BYTES_MAX {
+            let (place, count) = (lane.name(), missing.len());
+            let reason = format!("location {place} lacks {count} packs of {} MiB", bytes >> 20);
+            return Err(Error::new(Kind::Storage, reason).remedy(
+                "nothing is to be done: they are copied there, and then the snapshot is committed",
+            ));
+        }
         for entry in &missing {
             self.copy(entry, lane).await.context("copy a pack from another location")?;
         }

@@ -101,6 +101,21 @@ async fn a_location_that_was_down_is_filled_by_copying_once_it_is_back() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn what_takes_long_to_copy_is_left_to_sync() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Store::new(dir.path(), &["here"]);
+    store.init(0).await;
+    let fleet = Arc::new(store.fleet(id()).await);
+    let mut plain = shipped(&store, &fleet).await;
+    plain.packs[0].size = FILLED_BYTES_MAX + 1;
+    let done = commit(&store, &fleet, &plain).await;
+    let error = done[0].1.as_ref().unwrap_err();
+    assert_eq!(error.kind(), Kind::Storage);
+    assert!(error.message().contains("location here lacks 1 packs of 1024 MiB"), "{error}");
+    assert!(!has_manifest(dir.path(), "here"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn the_manifest_waits_for_the_wal() {
     let dir = tempfile::tempdir().unwrap();
     let store = Store::new(dir.path(), &["here"]);
