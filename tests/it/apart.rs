@@ -2,7 +2,7 @@
 
 use crate::folder;
 use crate::site::{
-    LOCATIONS, PATIENCE, Site, configuration, has_snapshot, judge, restore_and_start,
+    LOCATIONS, PATIENCE, Site, all_stored, configuration, has_snapshot, judge, restore_and_start,
 };
 use anyhow::{Context, Result, ensure};
 use backstay_common::lsn::Lsn;
@@ -10,15 +10,10 @@ use backstay_tests::ledger::{Ledger, Target};
 use backstay_tests::major::Major;
 use backstay_tests::on_drawn_major;
 use backstay_tests::postgres::Cluster;
-use backstay_tests::programs::{Agent, Deployment};
+use backstay_tests::programs::Agent;
 use backstay_tests::scene::Scene;
 use serde_json::Value;
 use std::time::Duration;
-
-async fn deploy(site: &Site<'_>, name: &str, server: &Cluster) -> Result<Deployment> {
-    let configuration = site.configuration.clone().server(server).agent(name);
-    Deployment::new(site.scene, name, &configuration.key(site.deployment.key())).await
-}
 
 /// Waits until the agent streams on another branch than `before`, with a snapshot newer than `last`; that branch.
 async fn on_a_branch_of_its_own(agent: &mut Agent, before: &Value, last: &Value) -> Result<String> {
@@ -31,15 +26,6 @@ async fn on_a_branch_of_its_own(agent: &mut Agent, before: &Value, last: &Value)
     };
     let status = agent.wait_until("it is on a branch of its own", PATIENCE, own).await?;
     Ok(status["wal"]["branch"].as_str().context("a branch")?.to_owned())
-}
-
-async fn all_stored(agent: &mut Agent, server: &Cluster) -> Result<()> {
-    let end = server.value("SELECT pg_current_wal_flush_lsn()").await?;
-    let end: Lsn = end.parse().context("an LSN")?;
-    let reached = |status: &Value| {
-        crate::site::stored(status).is_ok_and(|stored| stored.iter().all(|lsn| *lsn >= end))
-    };
-    agent.wait_until(&format!("{end} is stored everywhere"), PATIENCE, reached).await.map(|_| ())
 }
 
 /// Two standbys are promoted apart: both become timeline 2. Neither's WAL gets among the other's, and each history can be
@@ -61,7 +47,7 @@ async fn two_servers_promoted_apart(scene: &Scene, major: Major) -> Result<()> {
     let mut taken = last;
     for (server, name) in servers.iter().zip(["a1", "a2"]) {
         server.promote().await?;
-        let deployment = deploy(&site, name, server).await?;
+        let deployment = site.deploy(name, server).await?;
         let mut agent = Agent::start(&deployment).await?;
         let branch = on_a_branch_of_its_own(&mut agent, &Value::Null, &taken).await?;
         taken = agent.status().await?["snapshots"]["last"].clone();
@@ -154,7 +140,7 @@ on_drawn_major!(a_server_that_was_put_back);
 /// Two agents of one server: one takes the snapshots, the other says who does, and takes over when that one is gone.
 async fn one_of_two_agents_takes_the_snapshots(scene: &Scene, major: Major) -> Result<()> {
     let mut site = Site::start(scene, &major).await?;
-    let other = deploy(&site, "other", &site.cluster).await?;
+    let other = site.deploy("other", &site.cluster).await?;
     let mut agent = Agent::start(&other).await?;
     let streams = |status: &Value| status["wal"]["connected"] == true;
     agent.wait_until("it streams", PATIENCE, streams).await?;

@@ -1,9 +1,10 @@
 //! Snapshots without file access, over the replication protocol, and snapshots of a standby.
 
 use crate::folder;
-use crate::site::{PATIENCE, Site, configuration, has_snapshot, judge, restore_and_start, stored};
+use crate::site::{
+    PATIENCE, Site, all_stored, configuration, has_snapshot, judge, restore_and_start,
+};
 use anyhow::{Context, Result, ensure};
-use backstay_common::lsn::Lsn;
 use backstay_tests::ledger::{Ledger, Target};
 use backstay_tests::major::Major;
 
@@ -199,11 +200,7 @@ impl<'s> Pair<'s> {
 
     /// Everything that the primary has written is at both locations.
     async fn all_stored(&mut self) -> Result<()> {
-        let end = self.primary.value("SELECT pg_current_wal_flush_lsn()").await?;
-        let end: Lsn = end.parse().context("the primary's position")?;
-        let reached =
-            |status: &Value| stored(status).is_ok_and(|s| s.iter().all(|lsn| *lsn >= end));
-        self.agent.wait_until(&format!("{end} is stored"), PATIENCE, reached).await.map(drop)
+        all_stored(&mut self.agent, &self.primary).await.map(drop)
     }
 
     async fn restored(&self, name: &str, to: &str, target: &Target) -> Result<String> {

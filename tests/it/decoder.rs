@@ -42,11 +42,7 @@ async fn with_segments(scene: &Scene, major: &Major, mib: u32, label: &str) -> R
     let mut promoted = workload::promoted(scene, &mut primary, &format!("p{mib}")).await?;
     workload.last(&promoted).await?;
     let session = promoted.connect().await?;
-    let until: Lsn = session
-        .value("SELECT pg_current_wal_flush_lsn()")
-        .await?
-        .parse()
-        .map_err(anyhow::Error::msg)?;
+    let until = promoted.flushed().await?;
     let segments = Segments::find(&promoted.data().join("pg_wal"))?;
     let start = segments.size().start_of(workload.start);
     let decoded = decode(&segments, start, until, &mut workload.random)?;

@@ -3,7 +3,8 @@
 use crate::folder;
 use crate::s3::{objects, with_bucket};
 use crate::site::{
-    LOCATIONS, PATIENCE, Site, configuration, has_snapshot, judge, restore_and_start,
+    LOCATIONS, PATIENCE, Site, acknowledged, all_stored, configuration, has_snapshot, judge,
+    restore_and_start,
 };
 use anyhow::{Context, Result, ensure};
 use backstay_common::lsn::Lsn;
@@ -16,12 +17,6 @@ use backstay_tests::programs::{Agent, Configuration, Deployment};
 use backstay_tests::scene::Scene;
 use serde_json::Value;
 use std::time::{Duration, Instant};
-
-/// An agent of another server of the site's cluster, with the site's key and locations.
-async fn deploy(site: &Site<'_>, name: &str, server: &Cluster) -> Result<Deployment> {
-    let configuration = site.configuration.clone().server(server).agent(name);
-    Deployment::new(site.scene, name, &configuration.key(site.deployment.key())).await
-}
 
 async fn standing_by(agent: &mut Agent) -> Result<Value> {
     let is = |status: &Value| status["wal"]["standing_by"] == true;
@@ -41,17 +36,6 @@ async fn takes_over(agent: &mut Agent, timeline: u64, before: &Value) -> Result<
 async fn streams_from_the_new_primary(agent: &mut Agent) -> Result<Value> {
     let is = |status: &Value| status["wal"]["timeline"] == 2 && status["wal"]["connected"] == true;
     agent.wait_until("it streams from the new primary", PATIENCE, is).await
-}
-
-/// Waits until every location has all that this server has written.
-async fn all_stored(agent: &mut Agent, server: &Cluster) -> Result<Lsn> {
-    let end: Lsn =
-        server.value("SELECT pg_current_wal_flush_lsn()").await?.parse().ok().context("an LSN")?;
-    let reached = |status: &Value| {
-        crate::site::stored(status).is_ok_and(|stored| stored.iter().all(|lsn| *lsn >= end))
-    };
-    agent.wait_until(&format!("{end} is stored everywhere"), PATIENCE, reached).await?;
-    Ok(end)
 }
 
 /// The ledger of a server that took over, at work there.
@@ -102,7 +86,7 @@ async fn there_and_back(scene: &Scene, _: Major) -> Result<()> {
     let configuration = configuration(scene, &cluster)?;
     let mut site = Site::of(scene, cluster, configuration).await?;
     let mut standby = site.cluster.standby(scene, "sb").await?;
-    let b = deploy(&site, "b", &standby).await?;
+    let b = site.deploy("b", &standby).await?;
     let mut agent = Agent::start(&b).await?;
     standing_by(&mut agent).await?;
 
@@ -157,7 +141,7 @@ on_drawn_major!(there_and_back);
 async fn the_rest_comes_from_the_standby(scene: &Scene, major: Major) -> Result<()> {
     let mut site = Site::start(scene, &major).await?;
     let standby = site.cluster.standby(scene, "sb").await?;
-    let b = deploy(&site, "b", &standby).await?;
+    let b = site.deploy("b", &standby).await?;
     let mut agent = Agent::start(&b).await?;
     standing_by(&mut agent).await?;
     let held = "SELECT restart_lsn FROM pg_replication_slots WHERE slot_name = 'backstay_b'";
@@ -284,7 +268,7 @@ on_drawn_major!(a_switch_while_a_store_is_slow);
 async fn a_fresh_copy_takes_over(scene: &Scene, major: Major) -> Result<()> {
     let mut site = Site::start(scene, &major).await?;
     let mut standby = site.cluster.standby(scene, "sb").await?;
-    let b = deploy(&site, "b", &standby).await?;
+    let b = site.deploy("b", &standby).await?;
     let mut agent = Agent::start(&b).await?;
     standing_by(&mut agent).await?;
     site.ledger.wait_for(40, PATIENCE).await?;
@@ -337,7 +321,7 @@ async fn a_location_counts_with_all_that_came_before(scene: &Scene, major: Major
     let configuration = configuration(scene, &cluster)?.acknowledge("all");
     let mut site = Site::of(scene, cluster, configuration).await?;
     let mut standby = site.cluster.standby(scene, "sb").await?;
-    let b = deploy(&site, "b", &standby).await?;
+    let b = site.deploy("b", &standby).await?;
     let mut agent = Agent::start(&b).await?;
     standing_by(&mut agent).await?;
     let away = scene.path("away");
@@ -355,19 +339,15 @@ async fn a_location_counts_with_all_that_came_before(scene: &Scene, major: Major
     standby.promote().await?;
     let mut second = goes_on(&site.ledger, scene, &standby).await?;
     second.stop().await?;
-    let end = standby.value("SELECT pg_current_wal_flush_lsn()").await?.parse().ok();
-    let end: Lsn = end.context("an LSN")?;
+    let end = standby.flushed().await?;
     let is_near = |status: &Value| {
         status["wal"]["timeline"] == 2
             && crate::site::stored(status).is_ok_and(|stored| stored[0] >= end)
     };
     agent.wait_until("the near location has the new timeline", PATIENCE, is_near).await?;
     folder::mount_again(&away, &site.location("far"))?;
-    let acknowledged = |status: &Value| {
-        let position = status["wal"]["acknowledged"].as_str().and_then(|text| text.parse().ok());
-        position.is_some_and(|position: Lsn| position >= end)
-    };
-    agent.wait_until("all is acknowledged", PATIENCE, acknowledged).await?;
+    let is_told = |status: &Value| acknowledged(status) >= Some(end);
+    agent.wait_until("all is acknowledged", PATIENCE, is_told).await?;
     agent.kill()?;
     standby.kill()?;
     std::fs::remove_dir_all(site.location("near"))?;

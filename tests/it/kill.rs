@@ -1,7 +1,9 @@
 //! Killed at any moment, the agent leaves nothing behind that it doesn't mend, and nothing acknowledged is lost.
 
 use crate::folder;
-use crate::site::{LOCATIONS, PATIENCE, Site, configuration, has_snapshot, load, stored};
+use crate::site::{
+    LOCATIONS, PATIENCE, Site, acknowledged, configuration, has_snapshot, load, stored,
+};
 use anyhow::{Context, Result, ensure};
 use backstay_common::lsn::Lsn;
 use backstay_tests::ledger::{Ledger, Target};
@@ -91,9 +93,10 @@ async fn a_lost_state_directory(scene: &Scene, major: Major) -> Result<()> {
         site.cluster.sql("SELECT pg_switch_wal()").await?;
     }
     let ahead = |status: &Value| {
-        let acknowledged = status["wal"]["acknowledged"].as_str().and_then(|lsn| lsn.parse().ok());
         let stored = stored(status).unwrap_or_default().into_iter().max();
-        acknowledged.zip(stored).is_some_and(|(a, s): (Lsn, Lsn)| a.get() > s.get() + 2 * SEGMENT)
+        acknowledged(status)
+            .zip(stored)
+            .is_some_and(|(a, s): (Lsn, Lsn)| a.get() > s.get() + 2 * SEGMENT)
     };
     site.agent.wait_until("the spool is ahead of the locations", PATIENCE, ahead).await?;
     site.agent.kill()?;

@@ -167,8 +167,7 @@ async fn a_location_that_is_down_and_comes_back(scene: &Scene, major: Major) -> 
     let held = status["wal"]["acknowledged"].clone();
     let before = stored(&status)?;
     site.ledger.wait_for(200, PATIENCE).await?;
-    let end =
-        site.cluster.value("SELECT pg_current_wal_flush_lsn()").await?.parse().context("lsn")?;
+    let end = site.cluster.flushed().await?;
     let status = site
         .agent
         .wait_until("the other location goes on", PATIENCE, |status| {

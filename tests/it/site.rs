@@ -79,12 +79,13 @@ impl<'s> Site<'s> {
 
     /// Waits until every location has all WAL that the server has written up to now; its end.
     pub async fn all_stored(&mut self) -> Result<Lsn> {
-        let end = self.cluster.value("SELECT pg_current_wal_flush_lsn()").await?;
-        let end: Lsn = end.parse().context("the server's position")?;
-        let reached =
-            |status: &Value| stored(status).is_ok_and(|s| s.iter().all(|lsn| *lsn >= end));
-        self.agent.wait_until(&format!("{end} is stored everywhere"), PATIENCE, reached).await?;
-        Ok(end)
+        all_stored(&mut self.agent, &self.cluster).await
+    }
+
+    /// An agent of another server of the cluster, with the site's key and locations.
+    pub async fn deploy(&self, name: &str, server: &Cluster) -> Result<Deployment> {
+        let configuration = self.configuration.clone().server(server).agent(name);
+        Deployment::new(self.scene, name, &configuration.key(self.deployment.key())).await
     }
 
     /// Waits until the two folders hold the same objects, byte for byte.
@@ -199,6 +200,19 @@ pub async fn restore_and_start(
 /// A snapshot is committed, and none is being taken.
 pub fn has_snapshot(status: &Value) -> bool {
     status["snapshots"]["last"].is_string() && status["snapshots"]["running"].is_null()
+}
+
+/// Waits until every location has all that this server has written up to now; its end.
+pub async fn all_stored(agent: &mut Agent, server: &Cluster) -> Result<Lsn> {
+    let end = server.flushed().await?;
+    let reached = |status: &Value| stored(status).is_ok_and(|s| s.iter().all(|lsn| *lsn >= end));
+    agent.wait_until(&format!("{end} is stored everywhere"), PATIENCE, reached).await?;
+    Ok(end)
+}
+
+/// How far the server has been told that it need not keep its WAL.
+pub fn acknowledged(status: &Value) -> Option<Lsn> {
+    status["wal"]["acknowledged"].as_str()?.parse().ok()
 }
 
 /// How far each location's WAL reaches, in the order of the configuration.

@@ -1,7 +1,7 @@
 //! Stores of all kinds, and what each of them counts for.
 
-use crate::site::{PATIENCE, Site, has_snapshot, stored};
-use anyhow::{Context, Result, ensure};
+use crate::site::{PATIENCE, Site, acknowledged, has_snapshot, stored};
+use anyhow::{Result, ensure};
 use backstay_tests::bucket::{Action, Bucket, Fault};
 use backstay_tests::gcs::{Gcs, State};
 use backstay_tests::ledger::Target;
@@ -49,13 +49,11 @@ async fn a_best_effort_location_that_is_down_delays_nothing(
     let mut site = Site::of(scene, cluster, configuration).await?;
     bucket.faults().refuse(true);
     site.ledger.wait_for(100, PATIENCE).await?;
-    let end = site.cluster.value("SELECT pg_current_wal_flush_lsn()").await?;
-    let end = end.parse().context("lsn")?;
+    let end = site.cluster.flushed().await?;
     let status = site
         .agent
         .wait_until("it is acknowledged without the other", PATIENCE, |status| {
-            let lsn = status["wal"]["acknowledged"].as_str().and_then(|lsn| lsn.parse().ok());
-            lsn.is_some_and(|lsn: backstay_common::lsn::Lsn| lsn >= end)
+            acknowledged(status) >= Some(end)
         })
         .await?;
     ensure!(stored(&status)?[1] < end, "the location is down: {status}");
@@ -63,8 +61,7 @@ async fn a_best_effort_location_that_is_down_delays_nothing(
     let outcome = site.deployment.agent_command(&["snapshot", "--json"]).await?.expect(0)?;
     ensure!(outcome.json()?["pending"].to_string().contains("s3"), "{}", outcome.stdout);
     site.ledger.stop().await?;
-    let end = site.cluster.value("SELECT pg_current_wal_flush_lsn()").await?;
-    let end = end.parse().context("lsn")?;
+    let end = site.cluster.flushed().await?;
     let has_all = |status: &Value| stored(status).is_ok_and(|stored| stored[0] >= end);
     site.agent.wait_until("google has it all", PATIENCE, has_all).await?;
     let (restored, _) = site.restore_and_start("copy", "latest", &[]).await?;

@@ -2,7 +2,7 @@
 
 use crate::folder;
 use crate::s3::{wait_until_equal, with_bucket};
-use crate::site::{LOCATIONS, PATIENCE, Site, configuration, has_snapshot, load};
+use crate::site::{LOCATIONS, PATIENCE, Site, acknowledged, configuration, has_snapshot, load};
 use anyhow::{Context, Result, ensure};
 use backstay_common::lsn::Lsn;
 use backstay_tests::bucket::{Action, Bucket, Fault, Operation};
@@ -173,10 +173,8 @@ async fn two_agents_and_one_is_lost(scene: &Scene, major: Major) -> Result<()> {
     a.restart().await?;
     a.wait_until("it streams again", PATIENCE, |s| s["wal"]["connected"] == true).await?;
     ledger.wait_for(50, PATIENCE).await?;
-    let end: Lsn = cluster.value("SELECT pg_current_wal_flush_lsn()").await?.parse()?;
-    let has_all = |status: &Value| {
-        status["wal"]["acknowledged"].as_str().and_then(|lsn| lsn.parse().ok()) >= Some(end)
-    };
+    let end = cluster.flushed().await?;
+    let has_all = |status: &Value| acknowledged(status) >= Some(end);
     a.wait_until("it has caught up", PATIENCE, has_all).await?;
     let caught_up = ledger.acknowledged();
     b.freeze()?;
@@ -281,10 +279,8 @@ async fn a_full_spool_gives_up_the_oldest(scene: &Scene, major: Major) -> Result
     };
     let status = site.agent.wait_until("the oldest is given up", PATIENCE, gave_up).await?;
     ensure!(status["wal"]["spool_bytes"].as_u64() <= Some(SPOOL + (17 << 20)), "{status}");
-    let end = restart_lsn(&site.cluster.value("SELECT pg_current_wal_flush_lsn()").await?)?;
-    let goes_on = |status: &Value| {
-        status["wal"]["acknowledged"].as_str().and_then(|lsn| lsn.parse().ok()) >= Some(end)
-    };
+    let end = site.cluster.flushed().await?;
+    let goes_on = |status: &Value| acknowledged(status) >= Some(end);
     site.agent.wait_until("the server is told to go on", PATIENCE, goes_on).await?;
     let deadline = Instant::now() + PATIENCE;
     while restart_lsn(&site.cluster.value(slot).await?)?.since(before) <= SPOOL {

@@ -20,6 +20,7 @@ use crate::major::Major;
 use crate::random::Random;
 use crate::scene::Scene;
 use anyhow::{Context, Result, bail, ensure};
+use backstay_common::lsn::Lsn;
 use rustix::process::{Pid, Signal};
 use std::fmt::Display;
 use std::path::{Path, PathBuf};
@@ -303,6 +304,12 @@ impl Cluster {
     /// The first column of the first row, as text; an empty string for NULL.
     pub async fn value(&self, query: &str) -> Result<String> {
         self.connect().await?.value(query).await
+    }
+
+    /// The end of the WAL that the server has flushed.
+    pub async fn flushed(&self) -> Result<Lsn> {
+        let end = self.value("SELECT pg_current_wal_flush_lsn()").await?;
+        end.parse().ok().with_context(|| format!("{end:?} is no position"))
     }
 
     /// Prepares a program of this major, run as the server's user.

@@ -236,13 +236,7 @@ impl<'s> Stage<'s> {
     }
 
     async fn acknowledged(&self) -> Result<()> {
-        let end: Lsn = self
-            .server()
-            .value("SELECT pg_current_wal_flush_lsn()")
-            .await?
-            .parse()
-            .ok()
-            .context("a position")?;
+        let end = self.server().flushed().await?;
         let (reign, deadline) = (self.reign()?, Instant::now() + ACKNOWLEDGED_WITHIN);
         while reign.told() < end {
             ensure!(

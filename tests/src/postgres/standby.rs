@@ -100,14 +100,14 @@ impl Cluster {
 
     /// Waits until the standby has replayed all that `primary` has written by now; that position.
     pub async fn catch_up(&self, primary: &Cluster, patience: Duration) -> Result<Lsn> {
-        let end = primary.value("SELECT pg_current_wal_flush_lsn()").await?;
+        let end = primary.flushed().await?;
         let deadline = Instant::now() + patience;
         let replayed = format!("SELECT pg_last_wal_replay_lsn() >= '{end}'");
         while self.value(&replayed).await? != "t" {
             ensure!(Instant::now() < deadline, "the standby has not replayed {end}");
             tokio::time::sleep(POLL).await;
         }
-        end.parse().ok().context("the primary's position")
+        Ok(end)
     }
 }
 
