@@ -2,7 +2,7 @@
 //! after each snapshot, when something that was condemned is due, and when asked.
 //!
 //! One snapshot at a time: all of it happens in one task. To make the locations equal may take long where one of them is new:
-//! a snapshot or a prune that is due ends it, and then it begins again with what is still missing. A run that was missed while
+//! a snapshot that is due, or a prune that is asked for, ends it, and then it begins again with what is still missing. A run that was missed while
 //! the agent was down is caught up at the next start. A server that has come to another timeline, restored or promoted, gets a snapshot at once: replay
 //! across the switch works, but the newest state deserves a near beginning. So does WAL behind a gap, which
 //! cannot be reached in any other way. Only the agent that holds the lease takes snapshots and
@@ -24,7 +24,7 @@ use backstay_common::{Error, Kind, Result};
 use jiff::Timestamp;
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::{JoinError, JoinSet};
 
@@ -228,6 +228,14 @@ impl KeeperTask {
                     self.synchronise(SyncAsked::default(), None);
                     continue;
                 }
+                Wake::Asked(Job::Sync(_, reply)) if self.is_sync_asked_for() => {
+                    let reason = "another comparison that was asked for is running or waiting";
+                    let _ =
+                        reply
+                            .send(Err(Error::new(Kind::Config, reason)
+                                .remedy("ask again when it is done")));
+                    continue;
+                }
                 Wake::Asked(Job::Sync(asked, reply)) => {
                     self.synchronise(asked, Some(reply));
                     continue;
@@ -272,18 +280,18 @@ impl KeeperTask {
                     last = self.last_snapshot().await;
                     let is_due = self.due_at_start(last).is_some()
                         || last.is_some_and(|last| reason_of(&self.wal.borrow(), last).is_some());
-                    is_due.then_some((reason, FENCED_RETRY_AFTER))
+                    is_due.then(|| (reason, Instant::now() + FENCED_RETRY_AFTER))
                 }
                 // Nothing is won by waiting where the WAL goes on behind a new gap.
                 Err(_) if self.wal.borrow().gap_end > self.behind.1 => {
                     match (is_any_there(&self.wal.borrow()), last) {
-                        (true, _) => Some((Reason::AfterGap, Duration::ZERO)),
+                        (true, _) => Some((Reason::AfterGap, Instant::now())),
                         // As soon as a location is back.
                         (false, Some(_)) => None,
-                        (false, None) => Some((reason, RETRY_AFTER)),
+                        (false, None) => Some((reason, Instant::now() + RETRY_AFTER)),
                     }
                 }
-                Err(_) => Some((reason, RETRY_AFTER)),
+                Err(_) => Some((reason, Instant::now() + RETRY_AFTER)),
             };
         }
     }
@@ -303,7 +311,7 @@ impl KeeperTask {
 
     async fn wait(
         &mut self,
-        due: Option<(Reason, Duration)>,
+        due: Option<(Reason, Instant)>,
         next: Option<Timestamp>,
         last: Option<Newest>,
     ) -> Wake {
@@ -322,7 +330,11 @@ impl KeeperTask {
             };
         }
         let scheduled = (Reason::Scheduled, next.map_or(Duration::MAX, until));
-        let (reason, after) = due.filter(|(_, after)| *after < scheduled.1).unwrap_or(scheduled);
+        let due_after = |(reason, at): (Reason, Instant)| {
+            (reason, at.saturating_duration_since(Instant::now()))
+        };
+        let (reason, after) =
+            due.map(due_after).filter(|(_, after)| *after < scheduled.1).unwrap_or(scheduled);
         let urgent = |wal: &WalStatus| {
             wal.standing_by || last.is_some_and(|last| reason_of(wal, last).is_some())
         };
@@ -343,11 +355,11 @@ impl KeeperTask {
         }
     }
 
-    fn due_at_start(&self, last: Option<Newest>) -> Option<(Reason, Duration)> {
+    fn due_at_start(&self, last: Option<Newest>) -> Option<(Reason, Instant)> {
         match last {
-            None => Some((Reason::FirstStart, Duration::ZERO)),
+            None => Some((Reason::FirstStart, Instant::now())),
             Some(last) if self.schedule.missed(Some(last.id.began()), Timestamp::now()) => {
-                Some((Reason::CaughtUp, Duration::ZERO))
+                Some((Reason::CaughtUp, Instant::now()))
             }
             Some(_) => None,
         }
@@ -463,6 +475,10 @@ impl KeeperTask {
     /// Makes the locations equal when there is time for it.
     fn synchronise(&mut self, asked: SyncAsked, reply: SyncReply) {
         self.syncs.push_back((asked, reply));
+    }
+
+    fn is_sync_asked_for(&self) -> bool {
+        self.syncs.iter().any(|(_, reply)| reply.is_some())
     }
 
     /// Begins the first that waits, unless it is under way.

@@ -1,7 +1,7 @@
 //! The agent's part of the ledger: what happened is noted here, and told to every location.
 //!
 //! ```text
-//! <state-dir>/ledger/<system>/chain          the name of this directory's chain
+//! <state-dir>/ledger/<system>/chain          the writer: the agent's name of then, and this directory's chain
 //!                            /<seq>.noted    what happened, fsynced before `note` returns
 //!                            /<seq>.sealed   its object, which names the hash of the one before; fsynced before it is stored
 //! ```
@@ -20,7 +20,7 @@ use backstay_common::name::ObjectName;
 use backstay_common::seal::{Header, trailer_of};
 use backstay_common::{Context, Error, Kind, Result};
 use bytes::Bytes;
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, VecDeque};
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
@@ -34,6 +34,7 @@ const RETRY: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs
 pub struct Ledger {
     folder: PathBuf,
     system: SystemId,
+    /// An agent that was renamed goes on with its chain, under the old name.
     writer: LedgerWriter,
     files: Mutex<Files>,
     /// The last that is noted, and the last that is sealed.
@@ -48,6 +49,8 @@ struct Ends {
 
 #[derive(Debug)]
 struct Files {
+    /// What could not be noted yet.
+    unwritten: VecDeque<Entry>,
     /// The first that is still here.
     first: u64,
     /// How far each location has been told.
@@ -63,36 +66,32 @@ impl Ledger {
         locations: usize,
     ) -> Result<Ledger> {
         let folder = state_dir.join("ledger").join(system.to_string());
-        let open = || -> std::io::Result<(ObjectId, BTreeSet<u64>, BTreeSet<u64>)> {
-            std::fs::create_dir_all(&folder)?;
-            let path = folder.join("chain");
-            let chain = match std::fs::read_to_string(&path) {
-                Ok(text) => text.trim().parse().map_err(std::io::Error::other)?,
-                Err(error) if error.kind() == ErrorKind::NotFound => {
-                    let chain = ObjectId::random();
-                    write(&path, chain.to_string().as_bytes())?;
-                    folder.ancestors().skip(1).take(2).try_for_each(sync_folder)?;
-                    chain
-                }
-                Err(error) => return Err(error),
-            };
-            Ok((chain, numbers(&folder, "noted")?, numbers(&folder, "sealed")?))
+        let doing = || format!("open the ledger {}", folder.display());
+        let writer = match std::fs::read_to_string(folder.join("chain")) {
+            Ok(text) => text.parse().map_err(|bad| {
+                Error::new(Kind::Local, bad)
+                    .context(doing())
+                    .remedy("stop the agent and move that folder away: another chain begins")
+            })?,
+            Err(error) if error.kind() == ErrorKind::NotFound => {
+                LedgerWriter { agent, chain: ObjectId::random() }
+            }
+            Err(error) => return Err(error).context(doing()),
         };
-        let (chain, noted, sealed) =
-            open().context(format!("open the ledger {}", folder.display()))?;
+        let (noted, sealed) = (numbers(&folder, "noted"), numbers(&folder, "sealed"));
+        let (noted, sealed) = (noted.context(doing())?, sealed.context(doing())?);
         let last = |numbers: &BTreeSet<u64>| numbers.last().copied().unwrap_or_default();
         for seq in noted.iter().filter(|seq| **seq <= last(&sealed)) {
             remove(&folder.join(format!("{seq:020}.noted")))?;
         }
         let first = sealed.first().copied().unwrap_or(1);
         let ends = Ends { noted: last(&noted).max(last(&sealed)), sealed: last(&sealed) };
-        let files = Files { first, told: vec![first - 1; locations] };
-        let writer = LedgerWriter { agent, chain };
+        let files = Files { unwritten: VecDeque::new(), first, told: vec![first - 1; locations] };
         let (files, ends) = (Mutex::new(files), watch::Sender::new(ends));
         Ok(Ledger { folder, system, writer, files, ends })
     }
 
-    /// Notes what happened, durably. Blocks for moments.
+    /// Notes what happened, durably. What cannot be noted now is noted later, if the agent lives so long. Blocks for moments.
     pub fn note(&self, event: Event, subject: impl ToString, detail: impl ToString) -> Result<()> {
         let entry = Entry {
             at: jiff::Timestamp::now().as_millisecond(),
@@ -100,13 +99,33 @@ impl Ledger {
             subject: subject.to_string(),
             detail: detail.to_string(),
         };
-        let text = serde_json::to_vec(&entry).map_err(|e| Error::new(Kind::Bug, e))?;
-        let _one_at_a_time = self.files.lock().expect("no panic while held");
-        let seq = self.ends.borrow().noted + 1;
-        let path = self.path(seq, "noted");
-        write(&path, &text).context(format!("write {}", path.display()))?;
-        self.ends.send_modify(|ends| ends.noted = seq);
+        let mut files = self.files.lock().expect("no panic while held");
+        files.unwritten.push_back(entry);
+        self.write_notes(&mut files)
+    }
+
+    fn write_notes(&self, files: &mut Files) -> Result<()> {
+        while let Some(entry) = files.unwritten.front() {
+            let text = serde_json::to_vec(entry).map_err(|e| Error::new(Kind::Bug, e))?;
+            let seq = self.ends.borrow().noted + 1;
+            let path = self.path(seq, "noted");
+            let written = self.begin().and_then(|()| write(&path, &text));
+            written.context(format!("write {}", path.display()))?;
+            files.unwritten.pop_front();
+            self.ends.send_modify(|ends| ends.noted = seq);
+        }
         Ok(())
+    }
+
+    /// Makes the chain's folder, unless it is there.
+    fn begin(&self) -> std::io::Result<()> {
+        let path = self.folder.join("chain");
+        if path.exists() {
+            return Ok(());
+        }
+        std::fs::create_dir_all(&self.folder)?;
+        write(&path, self.writer.to_string().as_bytes())?;
+        self.folder.ancestors().skip(1).take(2).try_for_each(sync_folder)
     }
 
     /// Tells every location what is noted, for ever. What goes wrong is an alarm, and tried again. Safe to drop.
@@ -132,19 +151,29 @@ impl Ledger {
     /// Seals what is noted, in order, as it comes.
     async fn seal(&self, epochs: &Epochs, alarms: &Alarms) {
         let mut ends = self.ends.subscribe();
-        let is_noted = |ends: &Ends| ends.noted > ends.sealed;
-        // The sender lives as long as this.
-        while let Ok(Ends { sealed, .. }) = ends.wait_for(is_noted).await.map(|ends| *ends) {
-            match self.seal_one(epochs, sealed + 1).await {
-                Ok(()) => {
-                    alarms.clear("ledger-behind", "");
-                    self.ends.send_modify(|ends| ends.sealed = sealed + 1);
-                }
+        loop {
+            let is_noted = |ends: &Ends| ends.noted > ends.sealed;
+            // What could not be noted is looked after now and then.
+            let _ = tokio::time::timeout(RETRY.1, ends.wait_for(is_noted)).await;
+            match self.seal_all(epochs).await {
+                Ok(()) => alarms.clear("ledger-behind", ""),
                 Err(error) => {
                     alarms.raise("ledger-behind", "", &error);
                     tokio::time::sleep(RETRY.1).await;
                 }
             }
+        }
+    }
+
+    async fn seal_all(&self, epochs: &Epochs) -> Result<()> {
+        self.write_notes(&mut self.files.lock().expect("no panic while held"))?;
+        loop {
+            let Ends { noted, sealed } = *self.ends.borrow();
+            if noted == sealed {
+                return Ok(());
+            }
+            self.seal_one(epochs, sealed + 1).await?;
+            self.ends.send_modify(|ends| ends.sealed = sealed + 1);
         }
     }
 
@@ -223,7 +252,11 @@ fn remove(path: &Path) -> Result<()> {
 /// The entries of which there is such a file.
 fn numbers(folder: &Path, state: &str) -> std::io::Result<BTreeSet<u64>> {
     let mut numbers = BTreeSet::new();
-    for file in std::fs::read_dir(folder)? {
+    let files = match std::fs::read_dir(folder) {
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(numbers),
+        files => files?,
+    };
+    for file in files {
         let name = file?.file_name().to_string_lossy().into_owned();
         if let Some((number, of)) = name.split_once('.')
             && let (Ok(number), true) = (number.parse(), of == state)
@@ -314,10 +347,30 @@ mod tests {
     }
 
     #[test]
-    fn a_lost_state_directory_begins_another_chain() {
+    fn a_lost_state_directory_begins_another_chain_and_another_name_does_not() {
         let (one, other) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
         let ledger = open(one.path());
-        assert_eq!(open(one.path()).writer, ledger.writer);
+        ledger.note(Event::Gap, "a branch", "").unwrap();
+        let renamed = "db2".parse().unwrap();
+        let again = Ledger::open(&one.path().join("state"), SYSTEM, renamed, 2).unwrap();
+        assert_eq!(again.writer, ledger.writer);
         assert_ne!(open(other.path()).writer, ledger.writer);
+    }
+
+    #[test]
+    fn what_cannot_be_noted_now_is_noted_later() {
+        let dir = tempfile::tempdir().unwrap();
+        // No folder can be made there.
+        std::fs::write(dir.path().join("state"), b"").unwrap();
+        let ledger = Ledger {
+            folder: dir.path().join("state/ledger/7"),
+            ..open(&dir.path().join("elsewhere"))
+        };
+        ledger.note(Event::Gap, "a branch", 1).unwrap_err();
+        std::fs::remove_file(dir.path().join("state")).unwrap();
+        ledger.note(Event::Gap, "a branch", 2).unwrap();
+        assert_eq!(files(&ledger, "noted"), [1, 2]);
+        let first: Entry = serde_json::from_slice(&ledger.read(1, "noted").unwrap()).unwrap();
+        assert_eq!(first.detail, "1");
     }
 }

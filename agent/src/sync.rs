@@ -33,7 +33,7 @@ use backstay_common::name::ObjectName;
 use backstay_common::retention::{Gone, Stays, Verdict, View};
 use backstay_common::{Error, Kind, Result};
 use compare::Newest;
-use mend::Mending;
+use mend::{Mended, Mending};
 use place::{Expectations, Place};
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
@@ -316,25 +316,14 @@ async fn synchronise(
             missing = newest.first(missing);
         }
         let mending = Mending::new(&places, place, &live.all, &live.expected, &context.strays);
-        let mended = mending.run(missing).await;
-        if mended.copied.objects > 0 {
-            let copied = mended.copied;
-            tracing::info!(location = %place.name(), "copied what it lacked: {copied}");
-            // That the ledger was copied is nothing for the ledger: it would never end.
-            if copied.objects > mended.copied_entries {
-                context.tell(
-                    Event::Copied,
-                    place.name(),
-                    format!("system {}: {copied}", system.id),
-                );
-            }
-        }
+        let telling = Telling { context, system, place, mending };
+        telling.mending.run(missing).await;
+        let mended = telling.end();
         told.copied = mended.copied;
         join(&mut left, mended.damaged);
         let mut damaged = place.damaged.clone();
         for (name, size) in mended.repaired {
-            let why = damaged.remove(&name).unwrap_or_default();
-            context.tell(Event::Replaced, place.name(), format!("{name}: {why}"));
+            damaged.remove(&name);
             told.repaired.add(size);
         }
         for difference in mended.left {
@@ -367,6 +356,50 @@ async fn synchronise(
         report.locations.push(told);
     }
     left
+}
+
+/// Tells what came of a mending, also if it is dropped half way.
+struct Telling<'a> {
+    context: &'a AgentContext,
+    system: &'a System,
+    place: &'a Place,
+    mending: Mending<'a>,
+}
+
+impl Telling<'_> {
+    fn end(self) -> Mended {
+        let mended = self.mending.done();
+        self.tell(&mended);
+        mended
+    }
+
+    fn tell(&self, mended: &Mended) {
+        let (context, place, copied) = (self.context, self.place.name(), mended.copied);
+        if copied.objects > 0 {
+            tracing::info!(location = %place, "copied what it lacked: {copied}");
+        }
+        // That the ledger was copied is nothing for the ledger: it would never end.
+        if copied.objects > mended.copied_entries {
+            context.tell(Event::Copied, place, format!("system {}: {copied}", self.system.id));
+        }
+        for (name, _) in &mended.repaired {
+            let why = self.place.damaged.get(name).map_or("", String::as_str);
+            context.tell(Event::Replaced, place, format!("{name}: {why}"));
+        }
+    }
+}
+
+impl Drop for Telling<'_> {
+    fn drop(&mut self) {
+        let mended = self.mending.done();
+        self.tell(&mended);
+        for (location, names) in &mended.damaged {
+            for (name, why) in names {
+                let why = Error::new(Kind::Corrupt, why);
+                self.context.damage.note(&self.context.alarms, location, name, &why);
+            }
+        }
+    }
 }
 
 /// Of an earlier system prune deletes what is superseded.

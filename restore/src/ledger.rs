@@ -71,7 +71,7 @@ impl Told {
             });
             let reads: Vec<_> =
                 futures::stream::iter(reads).buffered(READS_AT_ONCE).collect().await;
-            let mut links = Vec::new();
+            let (mut links, mut unread) = (Vec::new(), None);
             for (seq, read) in reads {
                 match read {
                     Ok(chained) => {
@@ -82,11 +82,17 @@ impl Told {
                         let entry = ToldEntry { at, system, writer, seq, event, subject, detail };
                         self.entries.push(entry);
                     }
-                    Err(error) if matches!(error.kind(), Kind::Key | Kind::Storage) => {
-                        return Err(error);
+                    Err(error) => {
+                        self.faults.push(error.message().to_string());
+                        unread = Some(error);
                     }
-                    Err(error) => self.faults.push(error.message().to_string()),
                 }
+            }
+            // A wrong key is wrong for all.
+            if let (true, Some(error)) = (links.is_empty(), unread)
+                && matches!(error.kind(), Kind::Key | Kind::Storage)
+            {
+                return Err(error);
             }
             self.faults.extend(breaks(&links).into_iter().map(|what| format!("{writer}: {what}")));
         }

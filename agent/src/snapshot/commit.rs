@@ -7,7 +7,7 @@ use super::parent::{self, Parent};
 use super::ship::{Fleet, Lane, Parcel, patiently, put_patiently};
 use crate::copy::{self, Expected};
 use crate::wal::WalStatus;
-use backstay_common::id::{Branch, LocationName};
+use backstay_common::id::{Branch, LocationName, ObjectId};
 use backstay_common::lsn::{Lsn, LsnRange, covered_until};
 use backstay_common::name::{ObjectName, folder};
 use backstay_common::segment::TimelineId;
@@ -15,7 +15,7 @@ use backstay_common::snapshot::{ManifestPlain, PackEntry};
 use backstay_common::{Context, Error, Kind, Result};
 use futures::FutureExt;
 use futures::future::join_all;
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::sync::watch;
@@ -57,6 +57,15 @@ pub fn no_gap_in(wal: &WalStatus, needed: LsnRange) -> Result<()> {
                 .remedy("the next attempt begins behind the gap; see `backstay-agent status` for what was slow"))
         }
     }
+}
+
+/// How many of `missing`, and of how many bytes, are of the snapshot before, if they are too many to be waited for.
+fn too_many(missing: &[&PackEntry], parent: &[PackEntry]) -> Option<(usize, u64)> {
+    let of_parent: HashSet<ObjectId> = parent.iter().map(PackEntry::id).collect();
+    let older = missing.iter().filter(|entry| of_parent.contains(&entry.id()));
+    let sizes: Vec<u64> = older.map(|entry| entry.size).collect();
+    let bytes = sizes.iter().sum();
+    (bytes > FILLED_BYTES_MAX).then_some((sizes.len(), bytes))
 }
 
 /// A snapshot that is ready to be committed.
@@ -113,10 +122,11 @@ impl Commit<'_> {
     /// Makes sure that all packs are listed, by copying those that are not if they are not too many.
     async fn fill(&self, lane: &Lane) -> Result<()> {
         let missing = self.missing(lane).await?;
-        let bytes: u64 = missing.iter().map(|entry| entry.size).sum();
-        if bytes > FILLED_BYTES_MAX {
-            let (place, count) = (lane.name(), missing.len());
-            let reason = format!("location {place} lacks {count} packs of {} MiB", bytes >> 20);
+        let parent = self.parent.map_or(&[][..], |parent| &parent.plain.packs);
+        if let Some((count, bytes)) = too_many(&missing, parent) {
+            let place = lane.name();
+            let reason =
+                format!("location {place} lacks {count} older packs, of {} MiB", bytes >> 20);
             return Err(Error::new(Kind::Storage, reason).remedy(
                 "nothing is to be done: they are copied there, and then the snapshot is committed",
             ));

@@ -86,13 +86,17 @@ impl<'a> Mending<'a> {
         Mending { places, to, all, expected, strays, state: Mutex::new(state) }
     }
 
-    /// Copies `groups`, one after the other. Safe to drop: what is copied stays.
-    pub async fn run(self, groups: Vec<Vec<ObjectName>>) -> Mended {
+    /// Copies `groups`, one after the other. Safe to drop: what is copied stays, and [`Mending::done`] has it.
+    pub async fn run(&self, groups: Vec<Vec<ObjectName>>) {
         for group in groups {
             let work = |name| async { self.one(name).await };
             futures::stream::iter(group).for_each_concurrent(COPIES_MAX, work).await;
         }
-        self.state.into_inner().expect("no panic while held").done
+    }
+
+    /// What has come of it since this was last asked.
+    pub fn done(&self) -> Mended {
+        self.with(|state| std::mem::take(&mut state.done))
     }
 
     async fn one(&self, name: ObjectName) {
@@ -142,7 +146,6 @@ impl<'a> Mending<'a> {
         state.refusals = 0;
         state.epochs.insert(whole.epoch);
         state.done.copied_wal |= matches!(name, ObjectName::Wal { .. });
-        state.done.copied_entries += u64::from(matches!(name, ObjectName::Ledger { .. }));
         match self.to.damaged.contains_key(&name) {
             true => {
                 tracing::info!(location = %self.to.name(), "replaced {name}, which was damaged");
@@ -151,6 +154,7 @@ impl<'a> Mending<'a> {
             false => {
                 tracing::debug!(location = %self.to.name(), "copied {name}");
                 state.done.copied.add(size);
+                state.done.copied_entries += u64::from(matches!(name, ObjectName::Ledger { .. }));
             }
         }
         state.has.insert(name, size);

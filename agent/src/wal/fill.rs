@@ -245,6 +245,8 @@ impl Filling {
                     Ok((_, plain)) => {
                         self.snapshots.insert(name.clone(), (plain.branch, plain.start));
                     }
+                    // What was read is newer, and mostly enough.
+                    Err(error) if error.kind() == Kind::Storage && !newest.is_empty() => break,
                     Err(error) if error.kind() == Kind::Storage => return Err(error),
                     // Gone, or damaged.
                     Err(_) => continue,

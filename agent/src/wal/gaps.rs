@@ -229,9 +229,10 @@ impl WalPath {
         self.context.alarms.raise(alarm, "", &detail);
         let noticed = jiff::Timestamp::now();
         let kept = Kept { start, end, cause, detail, noticed, line, branch };
-        self.gaps.keep(&kept)?;
         let of = kept.branch.map_or("a new branch".to_string(), |branch| branch.to_string());
+        // After a crash it may be told twice.
         self.context.tell(Event::Gap, of, format!("{start}..{end}: {}", kept.detail));
+        self.gaps.keep(&kept)?;
         self.board.update(|state| state.server.gap = Some(kept.in_short()));
         Ok(())
     }

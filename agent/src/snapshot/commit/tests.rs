@@ -106,13 +106,12 @@ async fn what_takes_long_to_copy_is_left_to_sync() {
     let store = Store::new(dir.path(), &["here"]);
     store.init(0).await;
     let fleet = Arc::new(store.fleet(id()).await);
-    let mut plain = shipped(&store, &fleet).await;
-    plain.packs[0].size = FILLED_BYTES_MAX + 1;
-    let done = commit(&store, &fleet, &plain).await;
-    let error = done[0].1.as_ref().unwrap_err();
-    assert_eq!(error.kind(), Kind::Storage);
-    assert!(error.message().contains("location here lacks 1 packs of 1024 MiB"), "{error}");
-    assert!(!has_manifest(dir.path(), "here"));
+    let pack = shipped(&store, &fleet).await.packs.remove(0);
+    let large = PackEntry { size: FILLED_BYTES_MAX + 1, ..pack.clone() };
+    let parent = [large.clone()];
+    assert_eq!(too_many(&[&large], &parent), Some((1, FILLED_BYTES_MAX + 1)));
+    assert_eq!(too_many(&[&pack], &parent), None, "a little is copied at once");
+    assert_eq!(too_many(&[&large], &[]), None, "so is what this snapshot stored");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -104,7 +104,9 @@ impl World {
         all.retain(|name| !damaged.contains(&name));
         let missing = compare::missing(&places[1].whole(), &all);
         let (expected, strays) = (Expectations::new(), Strays::default());
-        Mending::new(&places, &places[1], &all, &expected, &strays).run(missing).await
+        let mending = Mending::new(&places, &places[1], &all, &expected, &strays);
+        mending.run(missing).await;
+        mending.done()
     }
 
     fn flip(&self, location: &str, name: &ObjectName) {
@@ -195,7 +197,9 @@ async fn what_is_damaged_is_replaced() {
     let missing = compare::missing(&far.whole(), &all);
     let places = [near, far];
     let (expected, strays) = (Expectations::new(), Strays::default());
-    let mended = Mending::new(&places, &places[1], &all, &expected, &strays).run(missing).await;
+    let mending = Mending::new(&places, &places[1], &all, &expected, &strays);
+    mending.run(missing).await;
+    let mended = mending.done();
     assert_eq!(named(&mended), Vec::<String>::new());
     assert_eq!((mended.repaired.len(), mended.copied.objects), (2, 0));
     for name in names {
@@ -216,7 +220,9 @@ async fn a_location_that_refuses_is_left_after_some_tries() {
     let all = places[0].whole();
     let missing = compare::missing(&places[1].whole(), &all);
     let (expected, strays) = (Expectations::new(), Strays::default());
-    let mended = Mending::new(&places, &places[1], &all, &expected, &strays).run(missing).await;
+    let mending = Mending::new(&places, &places[1], &all, &expected, &strays);
+    mending.run(missing).await;
+    let mended = mending.done();
     assert_eq!(mended.left.len(), all.len());
     let tried = mended.left.iter().filter(|left| !left.reason.contains("not tried")).count();
     assert!(tried <= 5 + COPIES_MAX, "{tried}");
