@@ -9,6 +9,7 @@ use backstay_agent::sync::SyncOptions;
 use backstay_agent::{allocator, check, init, status};
 use backstay_common::config::Settings;
 use backstay_common::id::LocationName;
+use backstay_common::say::say;
 use backstay_common::{Error, Kind};
 use clap::{Parser, Subcommand};
 use indicatif::{ProgressBar, ProgressStyle};
@@ -175,7 +176,7 @@ async fn run_init(settings: &Settings, accept_new_system: bool) -> anyhow::Resul
             Initialised::AlreadyThere => "was initialised before",
             Initialised::Accepted => "takes the new system's backups from now on",
         };
-        println!("location {} ({}): {what}", location.name(), location.url());
+        say(format_args!("location {} ({}): {what}", location.name(), location.url()))?;
     }
     Ok(0)
 }
@@ -184,9 +185,9 @@ async fn run_check(settings: &Settings, json: bool) -> anyhow::Result<u8> {
     let findings = check::run(settings).await;
     if json {
         let list: Vec<_> = findings.iter().map(check::Finding::for_programs).collect();
-        println!("{}", serde_json::to_string_pretty(&list)?);
+        say(serde_json::to_string_pretty(&list)?)?;
     } else {
-        findings.iter().for_each(|finding| println!("{}", finding.for_people()));
+        findings.iter().try_for_each(|finding| say(finding.for_people()))?;
     }
     Ok(check::exit_code(&findings))
 }
@@ -195,8 +196,8 @@ async fn run_status(settings: &Settings, json: bool) -> anyhow::Result<u8> {
     match control::ask(&settings.state_dir, Request::Status, |_| {}).await? {
         Reply::Status(status) => {
             match json {
-                true => println!("{}", serde_json::to_string_pretty(&status)?),
-                false => print!("{}", status::for_people(&status)),
+                true => say(serde_json::to_string_pretty(&status)?)?,
+                false => say(status::for_people(&status).trim_end())?,
             }
             let alarms = status["alarms"].as_array().is_some_and(|alarms| !alarms.is_empty());
             Ok(if alarms { 10 } else { 0 })
@@ -252,8 +253,8 @@ async fn run_pins(settings: &Settings, request: PinRequest, json: bool) -> anyho
 /// For a program, or for people.
 fn show(report: &(impl serde::Serialize + std::fmt::Display), json: bool) -> anyhow::Result<()> {
     match json {
-        true => println!("{}", serde_json::to_string_pretty(report)?),
-        false => println!("{}", report.to_string().trim_end()),
+        true => say(serde_json::to_string_pretty(report)?)?,
+        false => say(report.to_string().trim_end())?,
     }
     Ok(())
 }

@@ -30,6 +30,7 @@
 //! | [`catalog`] | what is in the locations, once listed |
 //! | [`line`](mod@line) | a branch with its ancestors |
 //! | [`retention`] | what must stay, and what may go |
+//! | [`say`](mod@say) | what the programs print |
 //!
 //! [`format`](mod@format) has every byte.
 
@@ -59,6 +60,7 @@ pub mod pin;
 pub mod pool;
 pub mod postgres;
 pub mod retention;
+pub mod say;
 pub mod seal;
 pub mod segment;
 pub mod snapshot;

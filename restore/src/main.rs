@@ -3,6 +3,7 @@
 use backstay::cli::{Cli, Global, KeysVerb, PlanArgs, RestoreArgs, Verb, WalFetchArgs};
 use backstay::{keys, ledger, list, plan, restore, wal_fetch, wal_spool};
 use backstay_common::catalog::Catalog;
+use backstay_common::say::say;
 use backstay_common::{Error, Kind, Result};
 use clap::Parser;
 use std::io::IsTerminal;
@@ -94,7 +95,7 @@ async fn run_restore(global: &Global, args: &RestoreArgs) -> Result<()> {
     let access = global.access().await?;
     let (access, catalog, plan) = plan::choose(&access, global.system, &asked).await?;
     if !global.json {
-        println!("{plan}\n");
+        say(format_args!("{plan}\n"))?;
     }
     let report = restore::restore(&access, catalog, &plan, &request, begun).await?;
     print(global, &report, &report)
@@ -108,20 +109,18 @@ fn print(
     match global.json {
         true => {
             let json = serde_json::to_string_pretty(value).map_err(|e| Error::new(Kind::Bug, e))?;
-            println!("{json}");
+            say(json)
         }
-        false => println!("{}", text.to_string().trim_end()),
+        false => say(text.to_string().trim_end()),
     }
-    Ok(())
 }
 
 fn generate(out: &std::path::Path, json: bool) -> Result<()> {
     let id = keys::generate(out)?;
     match json {
-        true => println!("{}", serde_json::json!({ "key": id, "file": out })),
-        false => println!("Key {id} is in {}.\n\n{}", out.display(), keys::warning(out)),
+        true => say(serde_json::json!({ "key": id, "file": out })),
+        false => say(format_args!("Key {id} is in {}.\n\n{}", out.display(), keys::warning(out))),
     }
-    Ok(())
 }
 
 /// Recovery must never take a usage error or a panic for "not found", so neither may end with a code below 126.
@@ -177,7 +176,8 @@ fn complain(error: &Error, json: bool) {
             "kind": format!("{:?}", error.kind()).to_lowercase(),
             "remedy": error.remedy_text(),
         });
-        println!("{object}");
+        // The exit code says it too.
+        let _ = say(object);
         return;
     }
     eprintln!("error: {}", error.message());

@@ -6,11 +6,12 @@ use anyhow::{Context, Result, ensure};
 use backstay_common::lsn::Lsn;
 use backstay_tests::ledger::Target;
 use backstay_tests::major::Major;
-use backstay_tests::on_each_major;
 use backstay_tests::postgres::Cluster;
-use backstay_tests::programs::{Finished, backstay_program};
+use backstay_tests::programs::{Finished, backstay_program, run};
 use backstay_tests::scene::Scene;
+use backstay_tests::{on_drawn_major, on_each_major};
 use serde_json::Value;
+use std::ffi::OsStr;
 use std::path::Path;
 
 /// One target as it is typed, as the ledger judges it, and how it is started.
@@ -31,6 +32,22 @@ async fn every_kind_of_target(scene: &Scene, major: Major) -> Result<()> {
     latest_after_the_accident(site).await.context("--to latest")
 }
 on_each_major!(every_kind_of_target);
+
+/// `backstay restore | head` restores, whether somebody reads what it prints or not.
+async fn nobody_reads_what_it_prints(scene: &Scene, major: Major) -> Result<()> {
+    let site = Site::start(scene, &major).await?;
+    let (program, into) = (backstay_program(), scene.path("copy"));
+    let piped = "set -o pipefail; \"$@\" | true";
+    let words = ["-c", piped, "bash"].map(OsStr::new).into_iter();
+    let words = words.chain([program.as_os_str(), OsStr::new("--config")]);
+    let words = words.chain([site.deployment.config().as_os_str()]);
+    let words = words.chain(["restore", "--to", "latest", "--into"].map(OsStr::new));
+    let words: Vec<&OsStr> = words.chain([into.as_os_str()]).collect();
+    run(Path::new("bash"), &words, &[]).await?.success()?;
+    ensure!(into.join("PG_VERSION").exists() && into.join("global/pg_control").exists());
+    Ok(())
+}
+on_drawn_major!(nobody_reads_what_it_prints);
 
 /// Lets the load run, and notes moments on the way.
 async fn moments(site: &mut Site<'_>) -> Result<Vec<Case>> {
