@@ -121,6 +121,8 @@ fn cases<'o>(schedule: &Schedule, outcome: &'o Outcome) -> Result<Vec<Case<'o>>>
         for branch in branches {
             let known = outcome.promises.get(&branch).cloned().unwrap_or_default();
             let told = if branch == main { reign.told() } else { Lsn::INVALID };
+            // What the agent was seen to promise may be nothing yet, where the server has been told of more.
+            let known = if known.acknowledged > reign.begin { known } else { Promise::default() };
             let (promise, kept) = kept(schedule, &mut random, outcome, branch, known, told);
             let is_main = branch == main;
             let case =
