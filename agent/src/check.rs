@@ -1,6 +1,6 @@
 //! `check`: finds out beforehand whether everything is as the agent needs it, and says what to do where it is not.
 //!
-//! Writes nothing but a probe object at each location, which it deletes again.
+//! Writes nothing but a probe object at each location, and a file in the state directory, which it deletes again.
 
 mod postgres;
 
@@ -124,6 +124,7 @@ pub fn exit_code(findings: &[Finding]) -> u8 {
 fn state_dir(path: &Path) -> Finding {
     let thing = format!("state directory {}", path.display());
     let probe = path.join("check.tmp");
+    let is_there = path.exists();
     let written = std::fs::create_dir_all(path)
         .and_then(|()| std::fs::write(&probe, b"probe"))
         .and_then(|()| std::fs::remove_file(&probe));
@@ -136,6 +137,10 @@ fn state_dir(path: &Path) -> Finding {
         );
     }
     let free = rustix::fs::statvfs(path).map(|fs| fs.f_bavail * fs.f_frsize);
+    if !is_there {
+        // Whoever runs the agent makes it, and owns it.
+        let _ = std::fs::remove_dir(path);
+    }
     match free {
         Ok(free) if free < FREE_BYTES_WARN => Finding::warning(
             thing,

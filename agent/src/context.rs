@@ -26,6 +26,8 @@ pub struct AgentContext {
     pub epochs: Arc<Epochs>,
     /// PostgreSQL has said that no commit waits for our spool.
     pub nobody_waits: AtomicBool,
+    /// PostgreSQL has said that no commit waits for us at all.
+    pub is_asynchronous: AtomicBool,
     pub alarms: Arc<Alarms>,
     pub ledger: Ledger,
     /// The systems that the cluster has had, for prune.

@@ -4,12 +4,12 @@
 //! wait in the spool for a location that is down can still be given their wrap after a restart. The key itself
 //! lives in memory only.
 
+use crate::durable;
 use backstay_common::id::{EpochId, SystemId};
 use backstay_common::keys::{Epoch, Keyring};
 use backstay_common::name::ObjectName;
 use backstay_common::{Context, Error, Kind, Result};
 use bytes::Bytes;
-use std::io::Write;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -33,6 +33,8 @@ pub struct Epochs {
     /// `<state-dir>/keys`: one file per epoch, named `<epoch>.<wrap>`.
     folder: PathBuf,
     current: Mutex<Option<(Arc<Epoch>, Instant)>>,
+    /// One wrap is written at a time.
+    keeping: std::sync::Mutex<()>,
 }
 
 impl Epochs {
@@ -43,7 +45,13 @@ impl Epochs {
     ) -> Result<Epochs> {
         let folder = state_dir.join("keys");
         std::fs::create_dir_all(&folder).context(format!("create {}", folder.display()))?;
-        Ok(Epochs { keyring, system, folder, current: Mutex::new(None) })
+        Ok(Epochs {
+            keyring,
+            system,
+            folder,
+            current: Mutex::new(None),
+            keeping: Default::default(),
+        })
     }
 
     pub fn keyring(&self) -> &Arc<Keyring> {
@@ -96,15 +104,11 @@ impl Epochs {
             return Err(Error::new(Kind::Bug, format!("{name} is no wrap")));
         };
         let path = self.folder.join(format!("{epoch}.{wrap}"));
-        let write = || {
-            let mut file = match std::fs::File::create_new(&path) {
-                Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists => return Ok(()),
-                made => made?,
-            };
-            file.write_all(bytes)?;
-            file.sync_all()?;
-            std::fs::File::open(&self.folder)?.sync_all()
-        };
-        write().context(format!("keep {}", path.display()))
+        let _alone = self.keeping.lock().expect("no panic while held");
+        // One that is there may be cut off: earlier versions wrote it in place.
+        if std::fs::read(&path).is_ok_and(|there| there == bytes) {
+            return Ok(());
+        }
+        durable::write(&path, bytes).context(format!("keep {}", path.display()))
     }
 }

@@ -38,8 +38,8 @@ const SYNC_EVERY: Duration = Duration::from_secs(3600);
 const SYNC_WHILE_PENDING_EVERY: Duration = Duration::from_secs(30);
 /// How long the WAL path may take to connect before a snapshot is tried without it.
 const SLOT_PATIENCE: Duration = Duration::from_secs(10);
-/// Raised where a snapshot is committed at other locations only.
-const PENDING: &str = "snapshot-pending";
+/// The alarm where a snapshot is committed at other locations only.
+pub const PENDING: &str = "snapshot-pending";
 
 /// Two prunes that nobody asked for are so far apart.
 const PRUNE_PAUSE_MIN: Duration = Duration::from_secs(1);
@@ -157,6 +157,8 @@ pub struct KeeperTask {
     prune_due: Option<Timestamp>,
     /// The last prune failed, at one location at least.
     prune_failed: bool,
+    /// When the last comparison ended.
+    compared: Instant,
     /// Comparisons to be made,
     syncs: VecDeque<(SyncAsked, SyncReply)>,
     /// and the first of them while it is under way.
@@ -202,6 +204,7 @@ pub fn new(
         behind: (None, None),
         prune_due: None,
         prune_failed: false,
+        compared: Instant::now(),
         syncs: VecDeque::new(),
         syncing: JoinSet::new(),
     };
@@ -338,7 +341,7 @@ impl KeeperTask {
         let urgent = |wal: &WalStatus| {
             wal.standing_by || last.is_some_and(|last| reason_of(wal, last).is_some())
         };
-        let next_sync = self.next_sync();
+        let next_sync = self.next_sync().saturating_sub(self.compared.elapsed());
         let next_prune = self.prune_due.map_or(Duration::MAX, until);
         tokio::select! {
             () = self.context.stop.cancelled() => Wake::Stop,
@@ -350,7 +353,7 @@ impl KeeperTask {
                 false => Wake::Due(last.and_then(|last| reason_of(&wal, last)).unwrap_or(reason)),
             },
             Some(report) = self.syncing.join_next() => Wake::Synced(ended(report)),
-            () = tokio::time::sleep(next_sync), if due.is_none() && self.syncs.is_empty() => Wake::Sync,
+            () = tokio::time::sleep(next_sync), if self.syncs.is_empty() => Wake::Sync,
             () = tokio::time::sleep(next_prune.min(Duration::from_secs(86_400 * 30))), if due.is_none() && !is_syncing => Wake::Prune,
         }
     }
@@ -370,7 +373,11 @@ impl KeeperTask {
             || !matches!(reason, Reason::Scheduled | Reason::CaughtUp);
         self.wait_for_a_later_name().await;
         self.wait_for_the_slot().await;
-        self.behind = (self.wal.borrow().branch, self.wal.borrow().gap_end);
+        self.behind = {
+            // One look at a time: two in one statement would wait for each other when a change comes between them.
+            let wal = self.wal.borrow();
+            (wal.branch, wal.gap_end)
+        };
         let generation = self.generation().await?;
         self.pause_sync().await;
         let request = SnapshotRequest { fast_checkpoint, reason, generation };
@@ -505,6 +512,7 @@ impl KeeperTask {
             }
             Err(error) => tracing::warn!("locations not compared: {error}"),
         }
+        self.compared = Instant::now();
         if let Some((_, Some(reply))) = self.syncs.pop_front() {
             // Whoever asked may have gone away.
             let _ = reply.send(report);

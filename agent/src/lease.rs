@@ -6,7 +6,7 @@
 //! its server does not show. A holder that was only asleep finds a greater generation; what it began
 //! without looking readers ignore (`backstay_common::lease`).
 //!
-//! A location that does not answer is left out, and gets the lease when the next snapshot asks. A crash between two
+//! A location that does not answer, or takes nothing, is left out, and gets the lease when the next snapshot asks. A crash between two
 //! locations leaves a generation that is ours where it is, by the holder's number in the state directory.
 
 use crate::connect;
@@ -167,18 +167,35 @@ impl Leasing {
                 (lease.seal(&epoch, self.context.system).bytes, Some(epoch.id()))
             }
         };
+        let mut is_anywhere = seen.iter().any(|one| has(&one));
+        let mut refused = None;
         for one in seen.iter().filter(|one| !has(one)) {
             let writer = &self.context.writers[one.location];
-            if let Some(epoch) = epoch {
-                writer.ready(epoch).await?;
-            }
-            let put = writer.location().put_new(&name, bytes.clone()).await;
-            match put.context("create the lease")? {
-                PutNew::Created | PutNew::Present => {}
-                PutNew::Conflict => return Ok(false),
+            let create = async {
+                if let Some(epoch) = epoch {
+                    writer.ready(epoch).await?;
+                }
+                writer.location().put_new(&name, bytes.clone()).await
+            };
+            let late = || Error::new(Kind::Storage, "no answer within 10 s");
+            let put = tokio::time::timeout(PATIENCE, create).await.unwrap_or_else(|_| Err(late()));
+            match put {
+                Ok(PutNew::Created | PutNew::Present) => is_anywhere = true,
+                Ok(PutNew::Conflict) => return Ok(false),
+                // As one that does not answer: it takes nothing now, and holds up nobody.
+                Err(error) if error.kind() == Kind::Storage => {
+                    let location = writer.location().name();
+                    let error = error.context(format!("create the lease at {location}"));
+                    tracing::warn!("{error}");
+                    refused = Some(error);
+                }
+                Err(error) => return Err(error.context("create the lease")),
             }
         }
-        Ok(true)
+        match refused {
+            Some(error) if !is_anywhere => Err(error),
+            _ => Ok(true),
+        }
     }
 
     /// The holder lives if our server shows that it streams. What shares our slot is us, before the state directory was

@@ -5,6 +5,7 @@ use backstay_agent::control::{self, Reply, Request};
 use backstay_agent::init::Initialised;
 use backstay_agent::prune::PruneOptions;
 use backstay_agent::prune::pins::PinRequest;
+use backstay_agent::schedule::Schedule;
 use backstay_agent::sync::SyncOptions;
 use backstay_agent::{allocator, check, init, status};
 use backstay_common::config::Settings;
@@ -16,6 +17,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use std::io::IsTerminal;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::Duration;
 
 /// Streams the WAL and takes the snapshots of one PostgreSQL cluster.
 #[derive(Parser)]
@@ -110,6 +112,9 @@ enum Verb {
     },
 }
 
+/// How long threads that hang are waited for at the end.
+const STOP_PATIENCE: Duration = Duration::from_secs(1);
+
 const EXIT_CODES: &str = "Exit codes: 0 done, 1 internal, 2 usage or configuration, 4 integrity, \
 5 storage (or committed at some required locations only), 6 PostgreSQL, 7 key, 9 no agent answers, 10 alarms";
 
@@ -121,7 +126,10 @@ fn main() -> ExitCode {
         Ok(runtime) => runtime,
         Err(error) => return fail(&anyhow!(error).context("start the runtime")),
     };
-    match runtime.block_on(run(arguments)) {
+    let result = runtime.block_on(run(arguments));
+    // A thread may hang on a disk that does not answer.
+    runtime.shutdown_timeout(STOP_PATIENCE);
+    match result {
         Ok(code) => ExitCode::from(code),
         Err(error) => fail(&error),
     }
@@ -145,6 +153,7 @@ fn log_to_stderr() {
 
 async fn run(arguments: Arguments) -> anyhow::Result<u8> {
     let settings = Settings::read(&arguments.config)?;
+    Schedule::of(&settings.snapshot)?;
     match arguments.verb {
         Verb::Init { accept_new_system } => run_init(&settings, accept_new_system).await,
         Verb::Check { json } => run_check(&settings, json).await,

@@ -44,7 +44,7 @@ use backstay_common::{Error, Kind, Result};
 use execute::Execution;
 use futures::future::join_all;
 use jiff::Timestamp;
-use look::{Look, look};
+use look::{Look, look, look_at};
 use mark::Window;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -182,15 +182,23 @@ impl<S: Store> Pruner<'_, S> {
 
     /// What all locations together need; `None` if any of them cannot be read.
     async fn needed(&self) -> Option<Verdict> {
-        let looks: Option<Vec<_>> =
-            self.look().await.into_iter().map(|(store, look)| Some((store, look.ok()?))).collect();
-        Some(self.by_window_applied(looks?)?.1)
+        let looks = self.read().await;
+        (looks.len() == self.stores.len()).then(|| self.by_window_applied(looks))?.map(|(_, v)| v)
     }
 
     /// What those that can be read say together.
     async fn judgement(&self) -> Option<(View, Verdict)> {
-        let looks = self.look().await.into_iter();
-        self.by_window_applied(looks.filter_map(|(s, look)| Some((s, look.ok()?))).collect())
+        self.by_window_applied(self.read().await)
+    }
+
+    /// Those that can be read, also one that takes nothing and so has no clock to show: what it has let go of, or should have,
+    /// must not come back from it. Nothing is deleted by this.
+    async fn read(&self) -> Vec<(&S, Look)> {
+        let looks = self.stores.iter().map(|store| async move {
+            let now = store.clock().await.unwrap_or(self.now);
+            Some((store, look_at(store, self.stores, self.system, now).await.ok()?))
+        });
+        join_all(looks).await.into_iter().flatten().collect()
     }
 
     fn by_window_applied(&self, looks: Vec<(&S, Look)>) -> Option<(View, Verdict)> {

@@ -8,6 +8,7 @@ use crate::alarms::Alarms;
 use crate::connect::{self, Server};
 use crate::context::AgentContext;
 use crate::control;
+use crate::durable;
 use crate::epochs::Epochs;
 use crate::indexer;
 use crate::init::check_location;
@@ -21,10 +22,13 @@ use crate::synchronous;
 use crate::wal::{self, WalStatus};
 use crate::writer::Writer;
 use backstay_common::config::{GRACE, Settings};
+use backstay_common::id::SystemId;
 use backstay_common::keys::Keyring;
 use backstay_common::location::Location;
+use backstay_common::segment::SegmentSize;
 use backstay_common::{Context, Error, Kind, Result};
 use std::fs::File;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::signal::unix::{SignalKind, signal};
@@ -34,6 +38,9 @@ use tokio_util::sync::CancellationToken;
 
 /// How long a store may take to show its `cluster` object before the agent starts without it.
 const FIRST_LOOK: Duration = Duration::from_secs(10);
+
+/// How long the tasks may take to end when the agent stops: longer than what waits in the spool is shipped for.
+const STOP_PATIENCE: Duration = Duration::from_secs(15);
 
 /// How long an agent that was killed may take to be gone.
 const LOCK_PATIENCE: Duration = Duration::from_secs(2);
@@ -48,11 +55,10 @@ pub async fn run(settings: Settings) -> Result<()> {
             "[retention] grace is below 24 h: a restore that is running may lose what it reads; this is for trials only"
         );
     }
-    let schedule =
-        Schedule::parse(&settings.snapshot.schedule, settings.snapshot.time_zone.clone())?;
+    let schedule = Schedule::of(&settings.snapshot)?;
     let _lock = lock_state_dir(&settings).await?;
     let alarms = Arc::new(Alarms::default());
-    let Some(server) = wait_for_server(&settings, &alarms, &stop).await? else { return Ok(()) };
+    let Some(server) = find_server(&settings, &alarms, &stop).await? else { return Ok(()) };
 
     let keyring = Arc::new(Keyring::new(provider, settings.cluster.clone()));
     let epochs = Arc::new(Epochs::new(keyring, server.system, &settings.state_dir)?);
@@ -78,6 +84,7 @@ pub async fn run(settings: Settings) -> Result<()> {
         writers,
         epochs,
         nobody_waits: Default::default(),
+        is_asynchronous: Default::default(),
         alarms,
         ledger,
         systems: Systems::default(),
@@ -125,7 +132,20 @@ async fn supervise(
     tasks.spawn(tell(context.clone()));
 
     let mut result = Ok(());
-    while let Some(ended) = tasks.join_next().await {
+    let over = async {
+        context.stop.cancelled().await;
+        tokio::time::sleep(STOP_PATIENCE).await;
+    };
+    let mut over = std::pin::pin!(over);
+    loop {
+        let ended = tokio::select! {
+            ended = tasks.join_next() => ended,
+            () = &mut over => {
+                tracing::warn!("not waited for: a store or a disk does not answer");
+                None
+            }
+        };
+        let Some(ended) = ended else { break };
         let ended = ended.unwrap_or_else(|panic| {
             Err(Error::new(Kind::Bug, format!("a task of the agent panicked: {panic}")))
         });
@@ -192,6 +212,56 @@ async fn lock_state_dir(settings: &Settings) -> Result<File> {
             Err(std::fs::TryLockError::Error(error)) => return Err(error).context(doing()),
         }
     }
+}
+
+/// Who the server is. One that is away, or refuses us, is the one that was here last: what waits in the spool is stored all the
+/// same. `None` if the agent was stopped meanwhile.
+async fn find_server(
+    settings: &Settings,
+    alarms: &Alarms,
+    stop: &CancellationToken,
+) -> Result<Option<Server>> {
+    let path = settings.state_dir.join("server");
+    let Some(known) = recall(&path)? else {
+        let found = wait_for_server(settings, alarms, stop).await?;
+        found.map(|server| keep(&path, server)).transpose()?;
+        return Ok(found);
+    };
+    let late = || Error::new(Kind::Postgres, "the server did not answer within 10 s");
+    let asked = tokio::time::timeout(FIRST_LOOK, connect::identify(settings)).await;
+    match asked.unwrap_or_else(|_| Err(late())) {
+        Ok(server) => {
+            keep(&path, server)?;
+            Ok(Some(server))
+        }
+        Err(error) => {
+            alarms.raise("postgres-down", "", &error);
+            Ok(Some(known))
+        }
+    }
+}
+
+/// One line: system identifier, version number, bytes of a segment.
+fn keep(path: &Path, server: Server) -> Result<()> {
+    let Server { system, version, segment_size } = server;
+    let line = format!("{system} {version} {}\n", segment_size.bytes());
+    durable::write(path, line.as_bytes()).context(format!("write {}", path.display()))
+}
+
+/// `None` if the file is not there, or says nothing that is understood: the server is asked then.
+fn recall(path: &Path) -> Result<Option<Server>> {
+    let text = match std::fs::read_to_string(path) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+        read => read.context(format!("read {}", path.display()))?,
+    };
+    let mut words = text.split_whitespace();
+    let mut next = || words.next()?.parse::<u64>().ok();
+    let (system, version, bytes) = (next(), next(), next());
+    Ok((|| {
+        let version = u32::try_from(version?).ok()?;
+        let segment_size = SegmentSize::new(u32::try_from(bytes?).ok()?)?;
+        Some(Server { system: SystemId::new(system?), version, segment_size })
+    })())
 }
 
 /// Waits while the server is away or starting; `None` if the agent was stopped meanwhile.

@@ -4,6 +4,7 @@
 //! a day that is restricted in both ways suits if it suits in either. What a change of clocks leaves out is
 //! due at the first moment after the gap; what it repeats is due once, the first time.
 
+use backstay_common::config::SnapshotSettings;
 use backstay_common::{Error, Kind, Result};
 use chrono::{DateTime, Datelike, NaiveDate, Timelike, Utc};
 use jiff::civil;
@@ -20,6 +21,16 @@ pub struct Schedule {
 }
 
 impl Schedule {
+    /// The config's. One that is never due is a fault, too.
+    pub fn of(settings: &SnapshotSettings) -> Result<Schedule> {
+        let text = &settings.schedule;
+        let schedule = Schedule::parse(text, settings.time_zone.clone())?;
+        match schedule.next_after(Timestamp::now()) {
+            Some(_) => Ok(schedule),
+            None => Err(fault(text, "it is never due")),
+        }
+    }
+
     /// Reads five cron fields. Every fault is [`Kind::Config`].
     pub fn parse(text: &str, zone: TimeZone) -> Result<Schedule> {
         let fields: Vec<&str> = text.split_whitespace().collect();

@@ -77,6 +77,7 @@ mod walk;
 pub use outcome::{Phase, Reason, SnapshotOutcome, SnapshotProgress, SnapshotRequest};
 
 use crate::context::AgentContext;
+use crate::keeper::PENDING;
 use crate::wal::WalStatus;
 use assemble::{Assembled, Assembler};
 use backstay_common::config::Priority;
@@ -316,10 +317,12 @@ impl Taking<'_> {
         let reading = self.reading(page_bytes, segment_pages, control.has_checksums(), start)?;
         let mut assembler = self.assembler(&onto, &reading);
         let readers = (READERS_PER_CORE * cores()).min(READERS_MAX);
-        let messages = self.pool(&onto, &reading, readers, JOBS_MAX).start_on(&tree)?;
+        let (messages, cutter) = self.pool(&onto, &reading, readers, JOBS_MAX).start_on(&tree)?;
         let needed = start.align_down(control.segment_size.bytes());
         let mut watch = Watch { session: &mut session, wal: &self.wal, needed };
         watch.during(assembler.take_all(messages)).await?;
+        // Without its last files a snapshot would look whole.
+        cutter.await.map_err(panicked)?;
         let (control, mode, bytes) = blocking(move || read_control(&tree.data_dir)).await?;
         assembler.add_control(walk::CONTROL_PATH, mode, bytes).await?;
         let data_dir = source.data_dir.clone();
@@ -511,13 +514,13 @@ impl Taking<'_> {
         for (location, done) in commit.everywhere().await {
             match done {
                 Ok(()) => {
-                    context.alarms.clear("snapshot-pending", location.as_str());
+                    context.alarms.clear(PENDING, location.as_str());
                     committed.push(location);
                 }
                 Err(error) => {
                     let reason =
                         format!("snapshot {} is not committed there: {}", self.id, error.message());
-                    context.alarms.raise("snapshot-pending", location.as_str(), &reason);
+                    context.alarms.raise(PENDING, location.as_str(), &reason);
                     pending.push((location, error.message().to_string()));
                 }
             }
@@ -587,8 +590,9 @@ fn read_control(data_dir: &std::path::Path) -> Result<(ControlFile, u32, Vec<u8>
 async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T> + Send + 'static,
 ) -> Result<T> {
-    let done = tokio::task::spawn_blocking(work).await;
-    done.unwrap_or_else(|e| {
-        Err(Error::new(Kind::Bug, format!("a thread of the snapshot panicked: {e}")))
-    })
+    tokio::task::spawn_blocking(work).await.map_err(panicked)?
+}
+
+fn panicked(error: tokio::task::JoinError) -> Error {
+    Error::new(Kind::Bug, format!("a thread of the snapshot panicked: {error}"))
 }

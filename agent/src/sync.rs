@@ -26,6 +26,7 @@ pub use report::{Difference, LocationSync, NotCompared, SyncReport, What};
 pub use strays::Strays;
 
 use crate::context::AgentContext;
+use crate::keeper::PENDING;
 use crate::prune::{self, System};
 use backstay_common::id::LocationName;
 use backstay_common::ledger::Event;
@@ -307,6 +308,9 @@ async fn synchronise(
         deleted.insert(place.name().clone(), count);
     }
     let live = judge(context, system, &places).await;
+    if is_own(context, system) {
+        places.iter().for_each(|place| tell_what_is_pending(context, place, &live));
+    }
     let mut left = Findings::new();
     for place in &places {
         let mut told = LocationSync::new(place.name(), system.id, place.listed.len());
@@ -356,6 +360,22 @@ async fn synchronise(
         report.locations.push(told);
     }
     left
+}
+
+/// A location that lacks snapshots cannot be relied on alone, whatever WAL it has.
+fn tell_what_is_pending(context: &AgentContext, place: &Place, live: &Live) {
+    let whole = place.whole();
+    let is_snapshot = |name: &&ObjectName| matches!(name, ObjectName::Manifest { .. });
+    let all = live.all.iter().filter(|name| is_snapshot(name) && live.is_settled(name));
+    let (has, lacks): (Vec<_>, Vec<_>) = all.partition(|name| whole.contains(*name));
+    if lacks.is_empty() {
+        return;
+    }
+    let reason = match has.is_empty() {
+        true => "it has no snapshot yet: nothing can be restored from it alone".to_string(),
+        false => format!("it lacks {} snapshots that another location has", lacks.len()),
+    };
+    context.alarms.raise(PENDING, place.name().as_str(), reason + "; they are being copied");
 }
 
 /// Tells what came of a mending, also if it is dropped half way.

@@ -32,7 +32,9 @@ pub use base_backup::{BackupArchive, BackupMessage, BackupOptions, BaseBackup};
 pub use conninfo::{Conninfo, Environment, SslMode, TargetSession};
 pub use query::{RESULT_BYTES_MAX, ResultSet, Row};
 pub use quote::{identifier, literal};
-pub use replication::{DUPLICATE_OBJECT, Identity, OBJECT_IN_USE, UNDEFINED_FILE};
+pub use replication::{
+    CANNOT_CONNECT_NOW, DUPLICATE_OBJECT, Identity, OBJECT_IN_USE, UNDEFINED_FILE,
+};
 pub use stream::{EndOfStream, Stream, StreamMessage};
 pub use wire::MESSAGE_BYTES_MAX;
 

@@ -9,7 +9,7 @@
 //! ```
 //!
 //! What always holds: a file in `wal/` is a whole segment, and holds exactly the plan's bytes, then zeros. A crash
-//! leaves at most a `.tmp` file, which is written anew. A host that goes down may leave segments that are not whole: a restore
+//! leaves `.tmp` files, which nobody reads. A host that goes down may leave segments that are not whole: a restore
 //! syncs the file system before it calls itself complete, and one that is not complete clears the folder when it is
 //! taken up again; what `wal-fetch` fetches later is synced one by one.
 
@@ -27,6 +27,7 @@ use serde::{Deserialize, Serialize};
 use std::fs::File;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 /// Bytes of WAL that are held in memory at once; one segment is always allowed.
 const IN_FLIGHT_BYTES: u64 = 64 << 20;
@@ -217,7 +218,10 @@ impl Spool {
     /// What is left of the segment reads as zeros.
     fn write(&self, path: &Path, wal: &[u8], size: SegmentSize) -> Result<()> {
         let doing = || format!("write {}", path.display());
-        let temporary = path.with_extension("tmp");
+        // What was begun for a replay that failed may be writing the same segment still.
+        static WRITTEN: AtomicU64 = AtomicU64::new(0);
+        let number = WRITTEN.fetch_add(1, Ordering::Relaxed);
+        let temporary = path.with_extension(format!("{}-{number}.tmp", std::process::id()));
         let mut options = File::options();
         options.write(true).create(true).truncate(true).mode(0o600);
         let file = options.open(&temporary).context(doing())?;

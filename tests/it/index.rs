@@ -131,15 +131,18 @@ async fn written_and_only_a_cache(scene: &Scene, major: Major) -> Result<()> {
     Ok(())
 }
 
-/// At the defaults a location is asked to store at most once in 5 s, and once for each full span; and `status` counts what
-/// the store counts.
+/// A location is asked to store at most once in 5 s, and once for each full span, whatever the policy is as long as no commit
+/// waits; and `status` counts what the store counts.
 async fn requests_are_counted_and_bounded(scene: &Scene, major: Major) -> Result<()> {
     let bucket = Bucket::start().await;
     let cluster = Cluster::build(scene, &major).start().await?;
     let settings = backstay_tests::programs::Configuration::default().server(&cluster);
-    let settings = crate::s3::with_bucket(settings, &bucket, "store").flush_interval("5s");
+    let settings = crate::s3::with_bucket(settings, &bucket, "store");
+    let settings = settings.flush_interval("5s").acknowledge("all");
     let mut site = Site::of(scene, cluster, settings).await?;
     site.ledger.wait_for(30, PATIENCE).await?;
+    let knows = |status: &Value| status["wal"]["slot"]["sync_state"] == "async";
+    site.agent.wait_until("it knows that no commit waits", PATIENCE, knows).await?;
 
     let before = site.agent.status().await?;
     let (puts_before, began) = (puts(&before)?, Instant::now());

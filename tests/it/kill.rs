@@ -126,6 +126,43 @@ async fn a_lost_state_directory(scene: &Scene, major: Major) -> Result<()> {
 }
 on_drawn_major!(a_lost_state_directory);
 
+/// Server and host of the agent are gone when the spool has what no location has; then only the agent comes back. It stores what
+/// waits without the server, tells that it is away, and nothing that was acknowledged is missing.
+async fn restarted_without_a_server(scene: &Scene, major: Major) -> Result<()> {
+    let cluster = Cluster::build(scene, &major).start().await?;
+    let configuration = configuration(scene, &cluster)?.acknowledge("spool");
+    let mut site = Site::of(scene, cluster, configuration).await?;
+    site.first_snapshot().await?;
+    let away = LOCATIONS.map(|name| scene.path(&format!("{name}.away")));
+    for (name, away) in LOCATIONS.iter().zip(&away) {
+        folder::unmount(&site.location(name), away)?;
+    }
+    site.ledger.wait_for(100, PATIENCE).await?;
+    let safe = Instant::now();
+    let end = site.cluster.flushed().await?;
+    let spooled = |status: &Value| acknowledged(status) >= Some(end);
+    site.agent.wait_until("the spool has it", PATIENCE, spooled).await?;
+    site.cluster.kill()?;
+    site.agent.kill()?;
+    site.ledger.stop().await?;
+    std::fs::remove_dir_all(site.cluster.data())?;
+    for (name, away) in LOCATIONS.iter().zip(&away) {
+        folder::mount_again(away, &site.location(name))?;
+        let wal = folder::wal_without_holes(&site.location(name))?;
+        ensure!(wal.values().all(|range| range.end < end), "nothing is at stake at {name}");
+    }
+    site.agent.restart().await?;
+    let all = |status: &Value| {
+        let alarms = status["alarms"].as_array();
+        stored(status).is_ok_and(|stored| stored.iter().all(|lsn| *lsn >= end))
+            && alarms.is_some_and(|all| all.iter().any(|alarm| alarm["name"] == "postgres-down"))
+    };
+    site.agent.wait_until("the locations have it", PATIENCE, all).await?;
+    let (restored, _) = site.restore_and_start("copy", "latest", &[]).await?;
+    site.judge(&restored, &Target::Latest { acknowledged_until: safe }).await.map(|_| ())
+}
+on_drawn_major!(restarted_without_a_server);
+
 /// The server drops WAL that the agent's slot held, because the agent was away for too long. The agent makes the slot anew,
 /// records the gap, raises the alarm until a snapshot has closed it, and every moment outside of the gap can be reached.
 async fn a_lost_slot(scene: &Scene, major: Major) -> Result<()> {

@@ -48,6 +48,14 @@ async fn faults_of_the_configuration(scene: &Scene, _: Major) -> Result<()> {
     }
     ensure!(!state.exists(), "a faulty configuration was acted on");
 
+    for (schedule, why) in [("99 2 * * *", "99"), ("0 2 30 2 *", "never due")] {
+        let never = Configuration::default().conninfo("host=/tmp").folder("near", &near)?;
+        deployment.configure(&never.snapshot("schedule", schedule))?;
+        for verb in ["init", "check", "run"] {
+            deployment.agent_command(&[verb]).await?.expect(2)?.says(&["schedule", why])?;
+        }
+    }
+
     std::fs::write(deployment.config(), "cluster = \"orders\"\nkeys = ]")?;
     deployment.agent_command(&["check"]).await?.expect(2)?.says(&["line 2"])?;
     std::fs::remove_file(deployment.config())?;

@@ -2,7 +2,9 @@
 
 use crate::folder;
 use crate::s3::{wait_until_equal, with_bucket};
-use crate::site::{LOCATIONS, PATIENCE, Site, acknowledged, configuration, has_snapshot, load};
+use crate::site::{
+    LOCATIONS, PATIENCE, Site, acknowledged, configuration, has_snapshot, load, stored,
+};
 use anyhow::{Context, Result, ensure};
 use backstay_common::lsn::Lsn;
 use backstay_tests::bucket::{Action, Bucket, Fault, Operation};
@@ -131,6 +133,34 @@ async fn a_fast_stop_with_waiting_commits(scene: &Scene, major: Major) -> Result
     site.judge(&restored, &Target::All).await.map(|_| ())
 }
 on_drawn_major!(a_fast_stop_with_waiting_commits);
+
+/// A shutdown that is held up ends here.
+const STOP_PATIENCE: Duration = Duration::from_secs(30);
+
+/// A standby whose agent is the cluster's only one is shut down, and writes no checkpoint at its end; a location that the policy needs
+/// is away. It is not held up.
+async fn a_standby_stops_while_a_location_is_away(scene: &Scene, major: Major) -> Result<()> {
+    let (one, two) = (Bucket::start().await, Bucket::start().await);
+    let primary = Cluster::build(scene, &major).start().await?;
+    let mut ledger = Ledger::create(&primary, load(), scene.random()).await?;
+    let mut standby = primary.standby(scene, "standby").await?;
+    ledger.start(&primary);
+    let configuration = Configuration::default().server(&standby).acknowledge("all");
+    let configuration = with_bucket(with_bucket(configuration, &one, "one"), &two, "two");
+    let deployment = Deployment::new(scene, "backup", &configuration).await?;
+    let mut agent = deployment.init_and_run().await?;
+    agent.wait_until("there is a snapshot", PATIENCE, has_snapshot).await?;
+    two.faults().refuse(true);
+    ledger.wait_for(50, PATIENCE).await?;
+    let waits = |status: &Value| stored(status).is_ok_and(|stored| stored[0] > stored[1]);
+    agent.wait_until("one has more than two", PATIENCE, waits).await?;
+    ledger.stop().await?;
+    standby.stop_with(Signal::INT, STOP_PATIENCE).await?;
+    two.faults().refuse(false);
+    standby.start().await?;
+    crate::site::all_stored(&mut agent, &primary).await.map(drop)
+}
+on_drawn_major!(a_standby_stops_while_a_location_is_away);
 
 /// How long a fast shutdown of the server takes while commits wait.
 async fn stop_and_start(site: &mut Site<'_>, two: &Bucket, two_is_up: bool) -> Result<Duration> {
@@ -344,6 +374,10 @@ async fn a_full_spool_holds_and_the_slot_is_watched(scene: &Scene, major: Major)
     ensure!(alarm(&status, "wal-gap").is_none(), "{status}");
     let people = site.deployment.agent_command(&["status"]).await?.expect(10)?;
     people.says(&["slot", "minutes at the present rate", "slot-at-risk"])?;
+    // Nothing is read from it any more; it need not wait for that.
+    let stopped = site.cluster.stop_with(Signal::INT, STOP_PATIENCE).await;
+    stopped.context("a full spool holds up the server's shutdown")?;
+    site.cluster.start().await?;
     folder::mount_again(&away, &site.location("far"))?;
     site.ledger.stop().await?;
     site.all_stored().await?;

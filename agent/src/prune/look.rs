@@ -36,9 +36,20 @@ pub struct Look {
     pub damaged: Vec<ObjectName>,
 }
 
-/// Lists, and reads what is new. What is damaged is read from `others`. Changes nothing but `probe/`; safe to drop.
+/// Lists, and reads what is new, by the store's clock. What is damaged is read from `others`. Changes nothing but `probe/`; safe
+/// to drop.
 pub async fn look<S: Store>(store: &S, others: &[S], system: SystemId) -> Result<Look> {
     let now = store.clock().await?;
+    look_at(store, others, system, now).await
+}
+
+/// As [`look`], at a time that is known. Changes nothing.
+pub async fn look_at<S: Store>(
+    store: &S,
+    others: &[S],
+    system: SystemId,
+    now: Timestamp,
+) -> Result<Look> {
     let mut view = View::empty(system, now);
     let mut modified = BTreeMap::new();
     for listed in store.list(&folder::system(system)).await? {

@@ -14,6 +14,7 @@ use backstay_common::config::Priority;
 use backstay_common::{Context, Result};
 use std::sync::{Arc, Mutex};
 use tokio::sync::mpsc;
+use tokio::task::JoinHandle;
 
 /// Frames that wait for the assembler, of at most 1 MiB each.
 const MESSAGES_MAX: usize = 16;
@@ -34,12 +35,12 @@ pub struct Pool {
 }
 
 impl Pool {
-    /// Starts the cutter and the readers. They end by themselves when the receiver is dropped.
-    pub fn start_on(self, tree: &Tree) -> Result<mpsc::Receiver<Message>> {
+    /// Starts the cutter and the readers. They end by themselves when the receiver is dropped. What they say is all only if the
+    /// cutter ended without a panic.
+    pub fn start_on(self, tree: &Tree) -> Result<(mpsc::Receiver<Message>, JoinHandle<()>)> {
         let (links, messages) = self.start()?;
         let (cutter, tree) = (Cutter::new(links), tree.clone());
-        tokio::task::spawn_blocking(move || cutter.cut(&tree));
-        Ok(messages)
+        Ok((messages, tokio::task::spawn_blocking(move || cutter.cut(&tree))))
     }
 
     /// Starts the readers. They end by themselves when the links or the receiver are dropped.

@@ -9,7 +9,8 @@ use backstay_common::id::{EpochId, LocationName};
 use backstay_common::name::ObjectName;
 use backstay_common::{Error, Kind, Result};
 use bytes::Bytes;
-use futures::{StreamExt, stream};
+use futures::{FutureExt, StreamExt, stream};
+use std::panic::AssertUnwindSafe;
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
@@ -91,7 +92,7 @@ impl Fleet {
                 task: OnceLock::new(),
                 stalled: Mutex::default(),
             });
-            let task = tasks.spawn(lane.clone().run(parcels));
+            let task = tasks.spawn(lane.clone().run_loudly(parcels));
             lane.task.set(task).expect("set once, here");
             lane
         });
@@ -187,6 +188,14 @@ impl Lane {
         let settled = |state: &LaneState| state.outstanding == 0 || state.left_behind.is_some();
         // The sender lives in `self`.
         let _ = self.state.subscribe().wait_for(settled).await;
+    }
+
+    /// A panic leaves the location behind: nobody waits for it for ever.
+    async fn run_loudly(self: Arc<Lane>, parcels: mpsc::UnboundedReceiver<Arc<Parcel>>) {
+        let run = AssertUnwindSafe(self.clone().run(parcels)).catch_unwind();
+        if run.await.is_err() {
+            self.leave_behind("what sends to it has panicked".to_string());
+        }
     }
 
     async fn run(self: Arc<Lane>, parcels: mpsc::UnboundedReceiver<Arc<Parcel>>) {

@@ -114,7 +114,7 @@ impl History {
             meter.clone(),
         );
         let pool = Pool { parent, leftover, ..pool(reading, writer.clone(), meter) };
-        let messages = pool.start_on(&tree).unwrap();
+        let (messages, _) = pool.start_on(&tree).unwrap();
         assembler.take_all(messages).await.unwrap();
         let assembled = assembler.finish().await.unwrap();
         for lane in fleet.lanes() {

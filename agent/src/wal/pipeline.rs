@@ -19,6 +19,7 @@ use backstay_common::{Error, Kind, Result};
 use bytes::Bytes;
 use std::collections::BTreeSet;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
@@ -310,10 +311,11 @@ impl Pipeline {
         }
     }
 
-    /// When a piece is due. Far behind the server, spans do instead of pieces for each commit.
+    /// When a piece is due. Far behind the server, or where no commit waits, there are no pieces for each commit.
     fn due(&self) -> Option<Instant> {
         let is_behind = self.server_end.get() > self.position().get() + BEHIND_BYTES;
-        self.uncut.due(&if is_behind { self.rules.without_commits() } else { self.rules })
+        let is_patient = is_behind || self.path.context.is_asynchronous.load(Ordering::Relaxed);
+        self.uncut.due(&if is_patient { self.rules.without_commits() } else { self.rules })
     }
 
     /// Commits that came together are cut together, but none waits for those that keep coming.

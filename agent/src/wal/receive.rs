@@ -3,14 +3,22 @@
 //! Whatever the pipeline, the disk or the locations are doing, keepalives are answered at once and the server hears of
 //! us every [`REPORT_EVERY`]. Between here and the pipeline is a queue of at most [`QUEUE_MESSAGES`] messages of
 //! [`MESSAGE_BYTES_MAX`]; when it is full no more is read from the socket, and the server holds the WAL.
+//!
+//! A server that shuts down waits for us. It is left when the locations, or the spool, do not take the rest soon: it keeps the
+//! WAL, and we ask for it again. That it shuts down is seen by its shutdown checkpoint; by its asking for a reply again and again
+//! at one position, as a standby does; or, while nothing is read, by its taking no connections any more.
 
 use super::WalPath;
 use super::pipeline::{Fault, Message, Pipeline};
+use crate::connect;
 use backstay_common::config::Acknowledge;
 use backstay_common::lsn::Lsn;
 use backstay_common::pgtime::PgTime;
-use backstay_common::postgres::{EndOfStream, Stream, StreamMessage};
+use backstay_common::postgres::{
+    CANNOT_CONNECT_NOW, Connection, EndOfStream, Mode, Stream, StreamMessage,
+};
 use backstay_common::{Error, Kind, Result};
+use futures::future::OptionFuture;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::sync::mpsc;
@@ -24,6 +32,10 @@ const REPORT_EVERY: Duration = Duration::from_secs(5);
 const SILENCE_MAX: Duration = Duration::from_secs(60);
 /// How long a server that shuts down is kept waiting for the locations.
 const LEAVE_PATIENCE: Duration = Duration::from_secs(1);
+/// A server that waits for us asks so often in a row at least, within [`LEAVE_PATIENCE`].
+const ASKED_MIN: u32 = 5;
+/// How often a server from which nothing is read is asked whether it is there still.
+const LOOK_EVERY: Duration = Duration::from_secs(1);
 
 /// Why a stream is over.
 #[derive(Debug)]
@@ -53,6 +65,7 @@ pub async fn receive(
         sender,
         heard: Instant::now(),
         reported: Lsn::INVALID,
+        asked: None,
     };
     let end = receiver.run().await;
     over.cancel();
@@ -74,6 +87,8 @@ struct Receiver {
     heard: Instant,
     /// What it was last told.
     reported: Lsn,
+    /// Where it has asked for replies without a pause, since when, and how often.
+    asked: Option<(Lsn, Instant, u32)>,
 }
 
 impl Receiver {
@@ -90,6 +105,8 @@ impl Receiver {
         let mut tick = tokio::time::interval(REPORT_EVERY);
         let mut pending: Option<Message> = None;
         let (stop, sender) = (self.path.context.stop.clone(), self.sender.clone());
+        // While a message waits for room.
+        let mut shutdown = OptionFuture::default();
         loop {
             let leave_at = self.leave_at();
             tokio::select! {
@@ -107,14 +124,21 @@ impl Receiver {
                 }
                 () = sleep_until(leave_at), if leave_at.is_some() => return Ok(Err(End::Left)),
                 permit = sender.reserve(), if pending.is_some() => match (permit, pending.take()) {
-                    (Ok(permit), Some(message)) => permit.send(message),
+                    (Ok(permit), Some(message)) => {
+                        permit.send(message);
+                        shutdown = OptionFuture::default();
+                    }
                     _ => return Ok(Err(End::Pipeline(Fault::Held))),
                 },
+                Some(()) = &mut shutdown => return Ok(Err(End::Left)),
                 () = sender.closed() => return Ok(Err(End::Pipeline(Fault::Held))),
                 message = self.stream.next(), if pending.is_none() => {
                     self.heard = Instant::now();
                     match self.note(message?).await? {
-                        Ok(message) => pending = Some(message),
+                        Ok(message) => {
+                            pending = Some(message);
+                            shutdown = Some(Box::pin(is_shut_down(self.path.clone()))).into();
+                        }
                         Err(end) => return Ok(Ok(end)),
                     }
                 }
@@ -137,6 +161,7 @@ impl Receiver {
                 let clock = PgTime(clock_us);
                 self.note_server(end, clock, true);
                 if reply_requested {
+                    self.note_asked(end);
                     self.report(false).await?;
                 }
                 Message::Clock { end, clock, urgent: reply_requested }
@@ -168,15 +193,40 @@ impl Receiver {
         self.stream.send_status(written.max(flushed), flushed, flushed, reply_requested).await
     }
 
+    fn note_asked(&mut self, at: Lsn) {
+        let now = Instant::now();
+        let goes_on = |(end, since, _): &(Lsn, Instant, u32)| {
+            *end == at && since.elapsed() < 2 * LEAVE_PATIENCE
+        };
+        let (_, since, times) = self.asked.filter(goes_on).unwrap_or((at, now, 0));
+        self.asked = Some((at, since, times + 1));
+    }
+
     /// When the server, which shuts down, shall wait for the locations no longer.
     fn leave_at(&self) -> Option<Instant> {
         if self.path.context.settings.durability.acknowledge == Acknowledge::Spool {
             return None;
         }
+        let asks = self.asked.filter(|(_, _, times)| *times >= ASKED_MIN);
         self.path.board.read(|state| {
             let waits = state.frontier.acknowledged() < state.frontier.received();
-            state.server.leaving.filter(|_| waits).map(|since| since + LEAVE_PATIENCE)
+            let since = state.server.leaving.or(asks.map(|(_, since, _)| since));
+            since.filter(|_| waits).map(|since| since + LEAVE_PATIENCE)
         })
+    }
+}
+
+/// Returns when the server takes no connections any more because it shuts down. Safe to drop.
+async fn is_shut_down(path: Arc<WalPath>) {
+    loop {
+        tokio::time::sleep(LOOK_EVERY).await;
+        let Ok(conninfo) = connect::conninfo(&path.context.settings) else { continue };
+        let asked = Connection::connect(&conninfo, Mode::Sql);
+        match tokio::time::timeout(LOOK_EVERY, asked).await {
+            Ok(Ok(connection)) => connection.close().await,
+            Ok(Err(error)) if error.sqlstate() == Some(CANNOT_CONNECT_NOW) => return,
+            Ok(Err(_)) | Err(_) => {}
+        }
     }
 }
 

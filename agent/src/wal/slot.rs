@@ -1,8 +1,9 @@
 //! Watches what holds WAL for us at the server: our slot, and the room that is left.
 //!
 //! Every [`EVERY`] one short query, over a connection that is kept. It raises `slot-at-risk` before the server drops WAL that
-//! we still need or its disk fills, and says how many minutes are left at the present rate. Nothing depends on the answers; a
-//! server that does not answer is reported by the session.
+//! we still need or its disk fills, and says how many minutes are left at the present rate. It also tells whether commits wait for
+//! us; if they do not, none is stored for its own sake. Nothing else depends on the answers; a server that does not answer is
+//! reported by the session.
 
 use super::WalPath;
 use crate::connect;
@@ -13,6 +14,7 @@ use serde::Serialize;
 use std::collections::VecDeque;
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 const EVERY: Duration = Duration::from_secs(10);
@@ -105,6 +107,10 @@ fn note(path: &WalPath, mut slot: SlotStatus, looks: &mut VecDeque<(Instant, u64
     let left = oldest.and_then(|(then, held)| time_left(&slot, held, now - then));
     slot.minutes_left = left.map(|left| left.as_secs() / 60);
     path.board.update(|state| state.server.slot = Some(slot.clone()));
+    // One that is "potential" may be waited for at any moment.
+    if let Some(state) = &slot.sync_state {
+        path.context.is_asynchronous.store(state == "async", Ordering::Relaxed);
+    }
     let alarms = &path.context.alarms;
     match risk(&slot, left) {
         Some(reason) => alarms.raise("slot-at-risk", "", reason),

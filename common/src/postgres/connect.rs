@@ -5,7 +5,7 @@ use super::conninfo::{Conninfo, Host, Keepalive, Place, SslMode, TargetSession};
 use super::fault::{lost, unexpected, unreachable};
 use super::tls;
 use super::wire::{Socket, Wire};
-use super::{Connection, Mode};
+use super::{CANNOT_CONNECT_NOW, Connection, Mode};
 use crate::{Context, Error, Kind, Result};
 use bytes::BytesMut;
 use postgres_protocol::message::backend::Message;
@@ -76,7 +76,10 @@ fn summary(mut refusals: Vec<Error>) -> Error {
         return refusals.remove(0);
     }
     let messages: Vec<&str> = refusals.iter().map(Error::message).collect();
-    let error = Error::new(Kind::Postgres, messages.join("; "));
+    let mut error = Error::new(Kind::Postgres, messages.join("; "));
+    if refusals.iter().any(|refusal| refusal.sqlstate() == Some(CANNOT_CONNECT_NOW)) {
+        error = error.with_sqlstate(CANNOT_CONNECT_NOW);
+    }
     match refusals.iter().find_map(Error::remedy_text) {
         Some(remedy) => error.remedy(remedy),
         None => error,

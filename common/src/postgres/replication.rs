@@ -12,6 +12,8 @@ use crate::{Context, Error, Kind, Result};
 pub const DUPLICATE_OBJECT: &str = "42710";
 /// SQLSTATE of WAL that the server has removed, from [`Connection::start_replication`].
 pub const UNDEFINED_FILE: &str = "58P01";
+/// The server starts or shuts down.
+pub const CANNOT_CONNECT_NOW: &str = "57P03";
 /// SQLSTATE of a slot that another connection streams from.
 pub const OBJECT_IN_USE: &str = "55006";
 

@@ -80,7 +80,7 @@ async fn take_in(dir: &Path, store: &Store) -> (Assembled, Vec<FileEntry>) {
     let pool = pool(reading(), no_cache(dir), meter.clone());
     let (leftover, cache) = (pool.leftover.clone(), pool.cache.clone());
     let mut assembler = Assembler::new(packs, None, leftover, cache, reading(), meter);
-    let messages = pool.start_on(&tree).unwrap();
+    let (messages, _) = pool.start_on(&tree).unwrap();
     assembler.take_all(messages).await.unwrap();
     assembler.add_control("global/pg_control", 0o600, content(99, 8192)).await.unwrap();
     let assembled = assembler.finish().await.unwrap();

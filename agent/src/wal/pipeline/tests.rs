@@ -55,6 +55,7 @@ fn path(state: &Path, policy: &str) -> Arc<WalPath> {
         strays: Default::default(),
         damage: Default::default(),
         nobody_waits: Default::default(),
+        is_asynchronous: Default::default(),
         alarms: Arc::default(),
         ledger: Ledger::open(state, SYSTEM, settings.agent.clone(), 0).unwrap(),
         stop: CancellationToken::new(),
