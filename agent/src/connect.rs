@@ -25,7 +25,7 @@ pub struct Server {
 /// The config's conninfo; the agent's name is what the server shows for it. Of several hosts it is the primary, unless
 /// `target_session_attrs` says otherwise; a single one may be a standby, whose agent stands by.
 pub fn conninfo(settings: &Settings) -> Result<Conninfo> {
-    let conninfo = Conninfo::parse(&settings.postgres.conninfo)?.preferring_the_primary();
+    let conninfo = Conninfo::parse(settings.postgres.conninfo.expose())?.preferring_the_primary();
     Ok(conninfo.with_default_application_name(&settings.postgres.slot))
 }
 

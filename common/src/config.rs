@@ -11,6 +11,7 @@ use crate::{Error, Kind, Result};
 use reader::Reader;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
+use zeroize::Zeroizing;
 
 /// Everything that the config file says, with defaults filled in.
 #[derive(Clone, Debug)]
@@ -33,7 +34,7 @@ pub struct Settings {
 #[derive(Clone, Debug)]
 pub struct PostgresSettings {
     /// libpq's keywords or a URI.
-    pub conninfo: String,
+    pub conninfo: Secret,
     pub data_dir: Option<PathBuf>,
     /// The replication slot.
     pub slot: String,
@@ -174,7 +175,8 @@ impl Settings {
 
     /// Reads a config file. Every fault is [`Kind::Config`].
     pub fn read(path: &Path) -> Result<Settings> {
-        let text = std::fs::read_to_string(path).map_err(|e| {
+        // It may hold passwords.
+        let text = std::fs::read_to_string(path).map(Zeroizing::new).map_err(|e| {
             Error::new(Kind::Config, format!("config file {}: {e}", path.display()))
                 .remedy("give the path of the TOML file with --config")
         })?;
@@ -239,7 +241,7 @@ fn postgres(mut t: Reader<'_>, agent: Option<&AgentName>) -> PostgresSettings {
     if !slot_is_fine && agent.is_some() {
         t.fault("slot", "not a name for a replication slot", "use a-z, 0-9 and _, at most 63");
     }
-    PostgresSettings { conninfo, data_dir: t.path("data-dir"), slot }
+    PostgresSettings { conninfo: Secret::new(conninfo), data_dir: t.path("data-dir"), slot }
 }
 
 fn locations(top: &mut Reader<'_>) -> Vec<LocationSettings> {
