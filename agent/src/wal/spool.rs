@@ -27,7 +27,11 @@ use std::sync::{Arc, Mutex, MutexGuard};
 /// The WAL of one line on the local disk. One task appends; any may read, sync and forget meanwhile.
 #[derive(Debug)]
 pub struct Spool {
+    /// Held over I/O.
     inner: Mutex<Inner>,
+    /// What is here. Held for moments only: told at once, whatever the disk is doing. It changes while `inner` is held, after
+    /// the files have.
+    extent: Mutex<LsnRange>,
 }
 
 #[derive(Debug)]
@@ -53,7 +57,7 @@ impl Spool {
         let file = create_file(&folder, begin).context(format!("create {}", folder.display()))?;
         let open = Some(Arc::new(file));
         let files = BTreeMap::from([(begin, SpoolFile { end: begin, open, dirty: false })]);
-        Ok(Spool { inner: Mutex::new(Inner { folder, files, truncations: 0 }) })
+        Ok(Spool::of(Inner { folder, files, truncations: 0 }))
     }
 
     /// What a line's folder holds, up to the first hole; files beyond it are removed. `None` without any file.
@@ -61,7 +65,12 @@ impl Spool {
         let doing = format!("open the spool {}", folder.display());
         let files = scan(&folder).context(doing)?;
         let inner = Inner { folder, files, truncations: 0 };
-        Ok((!inner.files.is_empty()).then_some(Spool { inner: Mutex::new(inner) }))
+        Ok((!inner.files.is_empty()).then(|| Spool::of(inner)))
+    }
+
+    fn of(inner: Inner) -> Spool {
+        let extent = Mutex::new(inner.extent());
+        Spool { inner: Mutex::new(inner), extent }
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
@@ -72,9 +81,18 @@ impl Spool {
         self.lock().folder.clone()
     }
 
-    /// The first byte that is still here.
+    fn extent(&self) -> LsnRange {
+        *self.extent.lock().expect("no panic while held")
+    }
+
+    /// Tells how far the files reach now.
+    fn publish(&self, inner: &Inner) {
+        *self.extent.lock().expect("no panic while held") = inner.extent();
+    }
+
+    /// The first byte that is still here. Never waits for the disk.
     pub fn begin(&self) -> Lsn {
-        *self.lock().files.first_key_value().expect("a spool has a file").0
+        self.extent().start
     }
 
     /// Where the oldest file ends and the next begins; none if there is only one.
@@ -82,13 +100,14 @@ impl Spool {
         self.lock().files.keys().nth(1).copied()
     }
 
-    /// Where the next byte goes.
+    /// Where the next byte goes. Never waits for the disk.
     pub fn end(&self) -> Lsn {
-        self.lock().end()
+        self.extent().end
     }
 
+    /// Never waits for the disk.
     pub fn bytes(&self) -> u64 {
-        self.lock().files.iter().map(|(start, file)| file.end.since(*start)).sum()
+        self.extent().len()
     }
 
     /// Adds `bytes`, which lie within one span, at the end. After an error nothing was added.
@@ -100,6 +119,7 @@ impl Spool {
         let last = inner.files.get_mut(&start).expect("only the appender removes the last file");
         last.end = end.add(bytes.len() as u64);
         last.dirty = true;
+        self.publish(&inner);
         Ok(())
     }
 
@@ -132,7 +152,10 @@ impl Spool {
 
     /// Cuts the end back to `to`, durably. Nothing happens if it is not after `to`. Blocks.
     pub fn truncate(&self, to: Lsn) -> Result<()> {
-        self.lock().truncate(to).context(format!("truncate the spool to {to}"))
+        let mut inner = self.lock();
+        let result = inner.truncate(to);
+        self.publish(&inner);
+        result.context(format!("truncate the spool to {to}"))
     }
 
     /// Removes the files that end at or before `until`, but never the last one. Blocks.
@@ -151,6 +174,7 @@ impl Spool {
             std::fs::remove_file(file_path(&inner.folder, start)).context(doing())?;
             sync_folder(&inner.folder).context(doing())?;
             inner.files.remove(&start);
+            self.publish(&inner);
         }
     }
 
@@ -170,8 +194,16 @@ impl Spool {
 }
 
 impl Inner {
+    fn begin(&self) -> Lsn {
+        *self.files.first_key_value().expect("a spool has a file").0
+    }
+
     fn end(&self) -> Lsn {
         self.files.last_key_value().expect("a spool has a file").1.end
+    }
+
+    fn extent(&self) -> LsnRange {
+        LsnRange::new(self.begin(), self.end())
     }
 
     /// The file that the next byte goes to, with its start and end.
@@ -298,6 +330,8 @@ fn scan(folder: &Path) -> io::Result<BTreeMap<Lsn, SpoolFile>> {
 mod tests {
     use super::*;
     use backstay_common::lsn::SPAN_BYTES;
+    use std::sync::mpsc;
+    use std::time::Duration;
 
     const BEGIN: Lsn = Lsn::new(3 * SPAN_BYTES - 100);
 
@@ -399,9 +433,33 @@ mod tests {
         assert_eq!(spool.begin(), BEGIN);
         spool.forget(at(100)).unwrap();
         assert_eq!(spool.begin(), at(100));
+        assert_eq!(spool.bytes(), wal.len() as u64 - 100);
         spool.forget(Lsn::MAX).unwrap();
         assert_eq!(spool.begin(), at(100 + SPAN_BYTES));
         assert!(all(&reopen(&folder)) == wal[100 + SPAN_BYTES as usize..]);
+    }
+
+    /// What a thread of its own makes of `spool`; none as long as it waits.
+    fn beside<'s, T: Send + 's>(
+        scope: &'s std::thread::Scope<'s, '_>,
+        spool: &'s Spool,
+        work: impl FnOnce(&Spool) -> T + Send + 's,
+    ) -> mpsc::Receiver<T> {
+        let (sender, receiver) = mpsc::channel();
+        scope.spawn(move || sender.send(work(spool)));
+        receiver
+    }
+
+    #[test]
+    fn what_is_here_is_told_while_the_disk_is_slow() {
+        let (folder, wal) = filled();
+        let spool = reopen(&folder);
+        std::thread::scope(|scope| {
+            let _io = spool.lock();
+            let told = beside(scope, &spool, |s| (s.begin(), s.end(), s.bytes()));
+            let told = told.recv_timeout(Duration::from_secs(10));
+            assert_eq!(told, Ok((BEGIN, at(wal.len() as u64), wal.len() as u64)));
+        });
     }
 
     #[test]
