@@ -32,6 +32,8 @@ pub struct Spool {
     /// What is here. Held for moments only: told at once, whatever the disk is doing. It changes while `inner` is held, after
     /// the files have.
     extent: Mutex<LsnRange>,
+    /// Held while files are fsynced; true once that has failed.
+    syncing: Mutex<bool>,
 }
 
 #[derive(Debug)]
@@ -70,7 +72,7 @@ impl Spool {
 
     fn of(inner: Inner) -> Spool {
         let extent = Mutex::new(inner.extent());
-        Spool { inner: Mutex::new(inner), extent }
+        Spool { inner: Mutex::new(inner), extent, syncing: Mutex::default() }
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
@@ -124,12 +126,16 @@ impl Spool {
     }
 
     /// Makes durable what has been appended. Returns up to where everything is; `None` if the end was cut back
-    /// meanwhile. Blocks.
+    /// meanwhile. What another sync has begun is durable too when this one returns. Blocks.
     pub fn sync(&self) -> Result<Option<Lsn>> {
-        let (end, truncations, dirty) = self.lock().begin_sync();
-        for file in dirty {
-            file.sync_data().context(format!("fsync the spool {}", self.folder().display()))?;
+        let mut has_failed = self.syncing.lock().expect("no panic while held");
+        if *has_failed {
+            return Err(Error::new(Kind::Local, "an fsync of the spool failed before"));
         }
+        let (end, truncations, dirty) = self.lock().begin_sync();
+        let synced = dirty.iter().try_for_each(|file| file.sync_data());
+        *has_failed = synced.is_err();
+        synced.context(format!("fsync the spool {}", self.folder().display()))?;
         let mut inner = self.lock();
         inner.close_full();
         Ok((inner.truncations == truncations).then_some(end))
@@ -460,6 +466,34 @@ mod tests {
             let told = told.recv_timeout(Duration::from_secs(10));
             assert_eq!(told, Ok((BEGIN, at(wal.len() as u64), wal.len() as u64)));
         });
+    }
+
+    #[test]
+    fn a_sync_waits_for_another_and_an_append_for_none() {
+        let (folder, wal) = filled();
+        let spool = reopen(&folder);
+        let end = at(wal.len() as u64).add(4);
+        std::thread::scope(|scope| {
+            let other = spool.syncing.lock().unwrap();
+            spool.append(b"more").unwrap();
+            let synced = beside(scope, &spool, |s| s.sync().unwrap());
+            let early = synced.recv_timeout(Duration::from_millis(200));
+            assert_eq!(early, Err(mpsc::RecvTimeoutError::Timeout));
+            drop(other);
+            assert_eq!(synced.recv_timeout(Duration::from_secs(10)), Ok(Some(end)));
+        });
+    }
+
+    #[test]
+    fn after_a_sync_that_failed_none_succeeds() {
+        let (folder, _) = filled();
+        let spool = reopen(&folder);
+        spool.append(b"more").unwrap();
+        // A device that cannot be synced.
+        let null = Arc::new(File::open("/dev/null").unwrap());
+        spool.lock().files.last_entry().unwrap().get_mut().open = Some(null);
+        assert!(spool.sync().is_err());
+        assert!(spool.sync().is_err(), "what was lost is not known");
     }
 
     #[test]
