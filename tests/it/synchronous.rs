@@ -388,3 +388,49 @@ async fn a_full_spool_holds_and_the_slot_is_watched(scene: &Scene, major: Major)
     Ok(())
 }
 on_drawn_major!(a_full_spool_holds_and_the_slot_is_watched);
+
+/// A location fails one request, and then takes long to show that it is still the right one. What it has taken meanwhile
+/// counts: the commit whose WAL is there returns.
+async fn what_is_stored_counts_while_its_location_is_asked(
+    scene: &Scene,
+    major: Major,
+) -> Result<()> {
+    const TAKES: Duration = Duration::from_secs(3);
+    const ASKED_FOR: Duration = Duration::from_secs(12);
+    let bucket = Bucket::start().await;
+    // Nothing else commits.
+    let cluster = Cluster::build(scene, &major).setting("autovacuum", "off").start().await?;
+    let configuration =
+        Configuration::default().server(&cluster).acknowledge("all").flush_interval("10m");
+    let configuration = with_bucket(configuration, &bucket, "slow");
+    let mut site = Site::of(scene, cluster, configuration).await?;
+    site.ledger.stop().await?;
+    site.all_stored().await?;
+    synchronous(&site.cluster, "*", "sync").await?;
+    site.cluster.sql("CREATE TABLE waits (n int)").await?;
+    let insert = "INSERT INTO waits VALUES (1)";
+    let (first, second) = (site.cluster.connect().await?, site.cluster.connect().await?);
+    let faults = bucket.faults();
+    let on_wal = |action| Fault::on(Operation::Put, action).key("/wal/").times(1);
+    let taken = faults.add(on_wal(Action::Delay(TAKES)));
+    let failed = faults.add(on_wal(Action::ErrorBefore(403)));
+    let asked = faults.add(Fault::on(Operation::Get, Action::Delay(ASKED_FOR)).key("/cluster"));
+    let began = Instant::now();
+    let later = async {
+        while faults.fired(taken) == 0 {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        second.batch_execute(insert).await.context("the second commit")
+    };
+    let earlier = async {
+        first.batch_execute(insert).await.context("the first commit")?;
+        let took = began.elapsed();
+        ensure!(faults.fired(failed) == 1 && faults.fired(asked) > 0, "nothing went wrong");
+        ensure!(took < ASKED_FOR, "the first commit took {took:?}");
+        faults.remove(asked);
+        Ok(())
+    };
+    tokio::time::timeout(PATIENCE, async { tokio::try_join!(earlier, later) }).await??;
+    Ok(())
+}
+on_drawn_major!(what_is_stored_counts_while_its_location_is_asked);

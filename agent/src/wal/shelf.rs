@@ -206,8 +206,10 @@ impl Shelf {
         }
     }
 
-    pub fn is_listed(&self, location: usize, line: u32) -> bool {
-        self.listed.contains_key(&(location, line))
+    /// True if it is known what `location` holds of `line` from `begin` on, where the spool begins by now. What was stored and
+    /// forgotten while a listing was under way is in none.
+    pub fn is_listed(&self, location: usize, line: u32, begin: Lsn) -> bool {
+        self.listed.get(&(location, line)).is_some_and(|listed| listed.coverage.end() >= begin)
     }
 
     pub fn is_listed_from(&self, location: usize, line: u32, begin: Lsn) -> bool {
@@ -569,7 +571,8 @@ mod tests {
         let gone = shelf.give_up(0, Lsn::new(48 * MIB));
         assert_eq!(gone.iter().map(|i| i.id).collect::<Vec<_>>(), [old.id, sending.id]);
         assert_eq!(shelf.frontier(0, 0), Lsn::new(64 * MIB), "it lacks nothing");
-        assert!(!shelf.is_listed(1, 0) && shelf.is_listed(0, 0));
+        let begin = Lsn::new(48 * MIB);
+        assert!(!shelf.is_listed(1, 0, begin) && shelf.is_listed(0, 0, begin));
         assert!(shelf.next(1, u64::MAX).is_none());
         shelf.listed(1, 0, Lsn::new(48 * MIB), &[]);
         assert_eq!(shelf.next(1, u64::MAX).map(|i| i.id), Some(new.id));
@@ -589,6 +592,24 @@ mod tests {
         assert!(shelf.give_up(0, Lsn::new(48 * MIB)).is_empty());
         shelf.sent(0, &sending);
         assert_eq!(shelf.give_up(0, Lsn::new(48 * MIB)).len(), 1);
+    }
+
+    #[test]
+    fn what_is_stored_and_forgotten_beside_a_listing_asks_for_another() {
+        let mut shelf = listed(1);
+        let (old, new) = (item(0, 16, 32), item(0, 32, 48));
+        [&old, &new].into_iter().for_each(|i| shelf.add(i.clone()));
+        let sending = shelf.next(0, u64::MAX).unwrap();
+        let [begin, later] = [16, 32].map(|mib| Lsn::new(mib * MIB));
+        // It is being listed, and nothing was found.
+        shelf.list_again(0, Lsn::MAX);
+        shelf.sent(0, &sending);
+        assert_eq!(shelf.retire(0, later, WithAll).len(), 1);
+        shelf.listed(0, 0, begin, &[]);
+        assert!(!shelf.is_listed(0, 0, later));
+        assert!(shelf.next(0, u64::MAX).is_some(), "it gets the rest meanwhile");
+        shelf.listed(0, 0, later, &[]);
+        assert!(shelf.is_listed(0, 0, later));
     }
 
     #[test]
@@ -649,8 +670,11 @@ mod tests {
         assert_eq!(shelf.retire(0, until, WithRequired), [], "it is being sent");
         shelf.failed(1, &on_its_way);
         assert_eq!(shelf.retire(0, until, WithRequired).len(), 1);
-        assert!(shelf.is_listed(0, 0));
-        assert!(!shelf.is_listed(1, 0), "what it missed is found by listing it again");
+        assert!(shelf.is_listed(0, 0, until));
+        assert!(
+            !shelf.is_listed(1, 0, Lsn::INVALID),
+            "what it missed is found by listing it again"
+        );
         assert_eq!(shelf.frontier(1, 0), Lsn::INVALID);
     }
 

@@ -40,10 +40,13 @@ const OPENED_MAX: usize = 64;
 /// More superseded pieces than this are left to sync, or to prune.
 const SUPERFLUOUS_MAX: usize = 10_000;
 
-/// Tasks of their own: they go on while a listing is awaited, which may wait for what one of them holds.
-type Sending = JoinSet<(Arc<Item>, Result<()>)>;
+/// Tasks of their own: they go on while a listing is awaited, which may wait for what one of them holds. With each object that
+/// is stored come the pieces that the location may forget for it.
+type Sending = JoinSet<(Arc<Item>, Result<Vec<ObjectName>>)>;
 /// At most one at a time.
 type Deleting = JoinSet<(Vec<ObjectName>, Result<()>)>;
+/// At most one at a time.
+type Heading = JoinSet<Result<()>>;
 
 struct Shipper {
     path: Arc<WalPath>,
@@ -88,7 +91,8 @@ impl Shipper {
     async fn ship(mut self) -> Result<()> {
         let mut bell = self.path.board.listen();
         let mut tick = tokio::time::interval(TICK);
-        let (mut sending, mut deleting) = (Sending::new(), Deleting::new());
+        let mut sending = Sending::new();
+        let (mut deleting, mut heading) = (Deleting::new(), Heading::new());
         loop {
             if self.retry_at.is_none_or(|at| at <= Instant::now()) {
                 if let Err(error) = self.prepare().await {
@@ -106,16 +110,22 @@ impl Shipper {
                     let (names, result) = done(gone);
                     self.deleted(names, result);
                 }
+                Some(stored) = heading.join_next() => match done(stored) {
+                    Ok(()) => self.last_stored = Instant::now(),
+                    Err(error) => self.failed(error),
+                },
                 _ = bell.changed() => {}
                 _ = tick.tick() => {
                     self.delete_superfluous(&mut deleting);
-                    self.idle(sending.is_empty()).await;
+                    if sending.is_empty() {
+                        self.store_head(&mut heading);
+                    }
                 }
             }
         }
     }
 
-    /// Lists what has not been listed yet, and stores the origins.
+    /// Lists what is not known yet, and stores the origins.
     async fn prepare(&mut self) -> Result<()> {
         if !self.is_known {
             self.path.context.writers[self.location].location().require_cluster().await?;
@@ -123,8 +133,9 @@ impl Shipper {
         }
         let location = self.location;
         let lines: Vec<Arc<Line>> = self.path.board.read(|state| {
-            let unlisted = |line: &&Arc<Line>| !state.shelf.is_listed(location, line.number);
-            state.lines.values().filter(unlisted).cloned().collect()
+            let is_listed =
+                |line: &Line| state.shelf.is_listed(location, line.number, line.spool.begin());
+            state.lines.values().filter(|line| !is_listed(line)).cloned().collect()
         });
         for line in lines {
             if let Some(branch) = line.branch() {
@@ -212,13 +223,12 @@ impl Shipper {
         }
     }
 
-    fn settle(&mut self, item: &Item, result: Result<()>) {
+    /// What follows from it for this task. What is stored counts already; what failed is sent again when this task says so.
+    fn settle(&mut self, item: &Item, result: Result<Vec<ObjectName>>) {
         self.sending_bytes -= item.size;
         let location = self.location;
         match result {
-            Ok(()) => {
-                tracing::trace!(location, range = %item.range, "stored");
-                let gone = self.path.board.update(|state| state.shelf.sent(location, item));
+            Ok(gone) => {
                 self.superfluous.extend(gone);
                 let strays = &self.path.context.strays;
                 self.superfluous.extend(strays.covered(&self.place(), &item.name()));
@@ -266,16 +276,6 @@ impl Shipper {
         });
     }
 
-    /// What can wait: the head of an idle server.
-    async fn idle(&mut self, nothing_is_sent: bool) {
-        if !nothing_is_sent || self.failures > 0 {
-            return;
-        }
-        if let Err(error) = self.store_head().await {
-            self.failed(error);
-        }
-    }
-
     /// Begins to delete pieces whose span is there, whatever is being sent: on a busy server something always is.
     fn delete_superfluous(&mut self, deleting: &mut Deleting) {
         let waits = self.failures > 0 || self.delete_at > Instant::now();
@@ -301,9 +301,11 @@ impl Shipper {
         self.superfluous.truncate(SUPERFLUOUS_MAX);
     }
 
-    async fn store_head(&mut self) -> Result<()> {
-        if self.last_stored.elapsed() < HEAD_EVERY {
-            return Ok(());
+    /// Begins to store the head of an idle server, if it is time.
+    fn store_head(&mut self, heading: &mut Heading) {
+        let waits = self.failures > 0 || self.last_stored.elapsed() < HEAD_EVERY;
+        if waits || !heading.is_empty() {
+            return;
         }
         let known = self.path.board.read(|state| {
             let branch = state.lines.get(&state.current)?.branch()?;
@@ -311,15 +313,10 @@ impl Shipper {
             let covered = state.frontier.stored(self.location);
             (state.server.connected && end <= covered).then_some(Head { branch, covered, clock })
         });
-        let Some(head) = known else { return Ok(()) };
-        let context = &self.path.context;
-        self.head_seq = (self.head_seq + 1).max(jiff::Timestamp::now().as_second() as u64);
-        let epoch = context.epochs.current().await?;
-        let agent = context.settings.agent.clone();
-        let sealed = head.seal(&epoch, context.system, agent, self.head_seq);
-        context.writers[self.location].put(&sealed.name, epoch.id(), sealed.bytes).await?;
-        self.last_stored = Instant::now();
-        Ok(())
+        if let Some(head) = known {
+            self.head_seq = (self.head_seq + 1).max(jiff::Timestamp::now().as_second() as u64);
+            heading.spawn(put_head(self.path.clone(), self.location, head, self.head_seq));
+        }
     }
 }
 
@@ -328,17 +325,33 @@ fn done<T>(joined: std::result::Result<T, JoinError>) -> T {
     joined.unwrap_or_else(|error| std::panic::resume_unwind(error.into_panic()))
 }
 
-async fn send(path: Arc<WalPath>, location: usize, item: Arc<Item>) -> (Arc<Item>, Result<()>) {
-    let result = async {
-        let (sealed, what) = (path.sealed.clone(), item.clone());
-        let bytes = super::blocking(move || sealed.read(&what)).await?;
-        if bytes.len() as u64 != item.size {
-            let reason = format!("{} in the spool has another size than it had", item.name());
-            return Err(Error::new(Kind::Corrupt, reason).remedy("look at the spool's disk"));
-        }
-        let writer = &path.context.writers[location];
-        writer.put(&item.name(), item.epoch, bytes).await.map(drop)
-    };
-    let result = result.await;
+/// What is stored counts at once, whatever the shipper is waiting for.
+async fn send(
+    path: Arc<WalPath>,
+    location: usize,
+    item: Arc<Item>,
+) -> (Arc<Item>, Result<Vec<ObjectName>>) {
+    let result = put(&path, location, &item).await.map(|()| {
+        tracing::trace!(location, range = %item.range, "stored");
+        path.board.update(|state| state.shelf.sent(location, &item))
+    });
     (item, result)
+}
+
+async fn put(path: &WalPath, location: usize, item: &Arc<Item>) -> Result<()> {
+    let (sealed, what) = (path.sealed.clone(), item.clone());
+    let bytes = super::blocking(move || sealed.read(&what)).await?;
+    if bytes.len() as u64 != item.size {
+        let reason = format!("{} in the spool has another size than it had", item.name());
+        return Err(Error::new(Kind::Corrupt, reason).remedy("look at the spool's disk"));
+    }
+    path.context.writers[location].put(&item.name(), item.epoch, bytes).await.map(drop)
+}
+
+async fn put_head(path: Arc<WalPath>, location: usize, head: Head, seq: u64) -> Result<()> {
+    let context = &path.context;
+    let epoch = context.epochs.current().await?;
+    let agent = context.settings.agent.clone();
+    let sealed = head.seal(&epoch, context.system, agent, seq);
+    context.writers[location].put(&sealed.name, epoch.id(), sealed.bytes).await.map(drop)
 }

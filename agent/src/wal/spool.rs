@@ -27,7 +27,13 @@ use std::sync::{Arc, Mutex, MutexGuard};
 /// The WAL of one line on the local disk. One task appends; any may read, sync and forget meanwhile.
 #[derive(Debug)]
 pub struct Spool {
+    /// Held over I/O.
     inner: Mutex<Inner>,
+    /// What is here. Held for moments only: told at once, whatever the disk is doing. It changes while `inner` is held, after
+    /// the files have.
+    extent: Mutex<LsnRange>,
+    /// Held while files are fsynced; true once that has failed.
+    syncing: Mutex<bool>,
 }
 
 #[derive(Debug)]
@@ -53,7 +59,7 @@ impl Spool {
         let file = create_file(&folder, begin).context(format!("create {}", folder.display()))?;
         let open = Some(Arc::new(file));
         let files = BTreeMap::from([(begin, SpoolFile { end: begin, open, dirty: false })]);
-        Ok(Spool { inner: Mutex::new(Inner { folder, files, truncations: 0 }) })
+        Ok(Spool::of(Inner { folder, files, truncations: 0 }))
     }
 
     /// What a line's folder holds, up to the first hole; files beyond it are removed. `None` without any file.
@@ -61,7 +67,12 @@ impl Spool {
         let doing = format!("open the spool {}", folder.display());
         let files = scan(&folder).context(doing)?;
         let inner = Inner { folder, files, truncations: 0 };
-        Ok((!inner.files.is_empty()).then_some(Spool { inner: Mutex::new(inner) }))
+        Ok((!inner.files.is_empty()).then(|| Spool::of(inner)))
+    }
+
+    fn of(inner: Inner) -> Spool {
+        let extent = Mutex::new(inner.extent());
+        Spool { inner: Mutex::new(inner), extent, syncing: Mutex::default() }
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
@@ -72,9 +83,18 @@ impl Spool {
         self.lock().folder.clone()
     }
 
-    /// The first byte that is still here.
+    fn extent(&self) -> LsnRange {
+        *self.extent.lock().expect("no panic while held")
+    }
+
+    /// Tells how far the files reach now.
+    fn publish(&self, inner: &Inner) {
+        *self.extent.lock().expect("no panic while held") = inner.extent();
+    }
+
+    /// The first byte that is still here. Never waits for the disk.
     pub fn begin(&self) -> Lsn {
-        *self.lock().files.first_key_value().expect("a spool has a file").0
+        self.extent().start
     }
 
     /// Where the oldest file ends and the next begins; none if there is only one.
@@ -82,13 +102,14 @@ impl Spool {
         self.lock().files.keys().nth(1).copied()
     }
 
-    /// Where the next byte goes.
+    /// Where the next byte goes. Never waits for the disk.
     pub fn end(&self) -> Lsn {
-        self.lock().end()
+        self.extent().end
     }
 
+    /// Never waits for the disk.
     pub fn bytes(&self) -> u64 {
-        self.lock().files.iter().map(|(start, file)| file.end.since(*start)).sum()
+        self.extent().len()
     }
 
     /// Adds `bytes`, which lie within one span, at the end. After an error nothing was added.
@@ -100,16 +121,21 @@ impl Spool {
         let last = inner.files.get_mut(&start).expect("only the appender removes the last file");
         last.end = end.add(bytes.len() as u64);
         last.dirty = true;
+        self.publish(&inner);
         Ok(())
     }
 
     /// Makes durable what has been appended. Returns up to where everything is; `None` if the end was cut back
-    /// meanwhile. Blocks.
+    /// meanwhile. What another sync has begun is durable too when this one returns. Blocks.
     pub fn sync(&self) -> Result<Option<Lsn>> {
-        let (end, truncations, dirty) = self.lock().begin_sync();
-        for file in dirty {
-            file.sync_data().context(format!("fsync the spool {}", self.folder().display()))?;
+        let mut has_failed = self.syncing.lock().expect("no panic while held");
+        if *has_failed {
+            return Err(Error::new(Kind::Local, "an fsync of the spool failed before"));
         }
+        let (end, truncations, dirty) = self.lock().begin_sync();
+        let synced = dirty.iter().try_for_each(|file| file.sync_data());
+        *has_failed = synced.is_err();
+        synced.context(format!("fsync the spool {}", self.folder().display()))?;
         let mut inner = self.lock();
         inner.close_full();
         Ok((inner.truncations == truncations).then_some(end))
@@ -132,7 +158,10 @@ impl Spool {
 
     /// Cuts the end back to `to`, durably. Nothing happens if it is not after `to`. Blocks.
     pub fn truncate(&self, to: Lsn) -> Result<()> {
-        self.lock().truncate(to).context(format!("truncate the spool to {to}"))
+        let mut inner = self.lock();
+        let result = inner.truncate(to);
+        self.publish(&inner);
+        result.context(format!("truncate the spool to {to}"))
     }
 
     /// Removes the files that end at or before `until`, but never the last one. Blocks.
@@ -151,6 +180,7 @@ impl Spool {
             std::fs::remove_file(file_path(&inner.folder, start)).context(doing())?;
             sync_folder(&inner.folder).context(doing())?;
             inner.files.remove(&start);
+            self.publish(&inner);
         }
     }
 
@@ -170,8 +200,16 @@ impl Spool {
 }
 
 impl Inner {
+    fn begin(&self) -> Lsn {
+        *self.files.first_key_value().expect("a spool has a file").0
+    }
+
     fn end(&self) -> Lsn {
         self.files.last_key_value().expect("a spool has a file").1.end
+    }
+
+    fn extent(&self) -> LsnRange {
+        LsnRange::new(self.begin(), self.end())
     }
 
     /// The file that the next byte goes to, with its start and end.
@@ -298,6 +336,8 @@ fn scan(folder: &Path) -> io::Result<BTreeMap<Lsn, SpoolFile>> {
 mod tests {
     use super::*;
     use backstay_common::lsn::SPAN_BYTES;
+    use std::sync::mpsc;
+    use std::time::Duration;
 
     const BEGIN: Lsn = Lsn::new(3 * SPAN_BYTES - 100);
 
@@ -399,9 +439,61 @@ mod tests {
         assert_eq!(spool.begin(), BEGIN);
         spool.forget(at(100)).unwrap();
         assert_eq!(spool.begin(), at(100));
+        assert_eq!(spool.bytes(), wal.len() as u64 - 100);
         spool.forget(Lsn::MAX).unwrap();
         assert_eq!(spool.begin(), at(100 + SPAN_BYTES));
         assert!(all(&reopen(&folder)) == wal[100 + SPAN_BYTES as usize..]);
+    }
+
+    /// What a thread of its own makes of `spool`; none as long as it waits.
+    fn beside<'s, T: Send + 's>(
+        scope: &'s std::thread::Scope<'s, '_>,
+        spool: &'s Spool,
+        work: impl FnOnce(&Spool) -> T + Send + 's,
+    ) -> mpsc::Receiver<T> {
+        let (sender, receiver) = mpsc::channel();
+        scope.spawn(move || sender.send(work(spool)));
+        receiver
+    }
+
+    #[test]
+    fn what_is_here_is_told_while_the_disk_is_slow() {
+        let (folder, wal) = filled();
+        let spool = reopen(&folder);
+        std::thread::scope(|scope| {
+            let _io = spool.lock();
+            let told = beside(scope, &spool, |s| (s.begin(), s.end(), s.bytes()));
+            let told = told.recv_timeout(Duration::from_secs(10));
+            assert_eq!(told, Ok((BEGIN, at(wal.len() as u64), wal.len() as u64)));
+        });
+    }
+
+    #[test]
+    fn a_sync_waits_for_another_and_an_append_for_none() {
+        let (folder, wal) = filled();
+        let spool = reopen(&folder);
+        let end = at(wal.len() as u64).add(4);
+        std::thread::scope(|scope| {
+            let other = spool.syncing.lock().unwrap();
+            spool.append(b"more").unwrap();
+            let synced = beside(scope, &spool, |s| s.sync().unwrap());
+            let early = synced.recv_timeout(Duration::from_millis(200));
+            assert_eq!(early, Err(mpsc::RecvTimeoutError::Timeout));
+            drop(other);
+            assert_eq!(synced.recv_timeout(Duration::from_secs(10)), Ok(Some(end)));
+        });
+    }
+
+    #[test]
+    fn after_a_sync_that_failed_none_succeeds() {
+        let (folder, _) = filled();
+        let spool = reopen(&folder);
+        spool.append(b"more").unwrap();
+        // A device that cannot be synced.
+        let null = Arc::new(File::open("/dev/null").unwrap());
+        spool.lock().files.last_entry().unwrap().get_mut().open = Some(null);
+        assert!(spool.sync().is_err());
+        assert!(spool.sync().is_err(), "what was lost is not known");
     }
 
     #[test]
