@@ -17,7 +17,7 @@
 //!   ├ fetch.rs          frames, from whichever location has them whole
 //!   ├ materialize.rs    each page at its place, then all of it on disk
 //!   ├ settings_files.rs what recovery needs, what the original's role was
-//!   ├ wal_spool.rs      WAL in the clear, ahead of replay ──► wal_fetch.rs: restore_command
+//!   ├ wal_spool.rs      WAL in the clear, ahead of replay ──► wal_fetch.rs: restore_command; recovery_end.rs
 //!   ├ server.rs         a private server that replays, then the operator's
 //!   ├ replay.rs         watched to the target, promoted
 //!   └ report.rs         what was reached, lost, cleared; how long it took
@@ -39,6 +39,8 @@ pub mod owner;
 pub mod pin;
 pub mod plan;
 pub mod progress;
+pub mod recovery_commands;
+pub mod recovery_end;
 pub mod replay;
 pub mod report;
 pub mod resolve;

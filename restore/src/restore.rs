@@ -24,7 +24,7 @@ use crate::progress::Progress;
 use crate::replay::{self, Reached};
 use crate::report::Report;
 use crate::server::{Place, Preload, ReplayServer, check_port, start_command, start_normally};
-use crate::settings_files::{self as settings, AtTarget, SettingsFiles, quote_shell};
+use crate::settings_files::{self as settings, AtTarget, SettingsFiles};
 use crate::wal_source::WalSource;
 use crate::wal_source::local::LocalWal;
 use crate::wal_spool::{Frozen, ReadWal, SavedAccess, Spool, segment_size};
@@ -261,9 +261,7 @@ impl Ready<'_> {
         report.notes.extend(self.files().place_config(&self.manifest.root, claim.existing)?);
         let control = control::read(&self.request.dir.join("global/pg_control"))?;
         let minimums = settings::minimums(&control, &self.plan.minimums);
-        let at_target = if self.request.start { AtTarget::Pause } else { AtTarget::Promote };
-        let recovery =
-            settings::recovery_lines(self.plan, &restore_command(&claim.ours()), at_target);
+        let recovery = self.recovery_lines(claim);
         let major = self.manifest.plain.major();
         let safety = settings::safety_lines(&minimums, major, self.request.port);
         report.cleared = self.files().prepare_recovery(&recovery, &safety)?;
@@ -276,6 +274,11 @@ impl Ready<'_> {
             ));
         }
         Ok(spool)
+    }
+
+    fn recovery_lines(&self, claim: &Claim) -> Vec<String> {
+        let at_target = if self.request.start { AtTarget::Pause } else { AtTarget::Promote };
+        settings::recovery_lines(self.plan, &claim.ours(), at_target)
     }
 
     fn place(&self) -> Result<Place> {
@@ -340,7 +343,7 @@ impl Ready<'_> {
         let opening = Instant::now();
         server.stop().await.context("stop the server after replay")?;
         sync_file_systems(&self.layout)?;
-        self.files().finish_recovery()?;
+        self.files().finish_recovery(&self.recovery_lines(claim))?;
         spool.clear()?;
         claim.complete()?;
         report.reached = Some(reached);
@@ -398,12 +401,6 @@ fn needs_libraries(spool: &Spool) -> bool {
 const AGENT_AGAIN: &str = "so that backups go on: point [postgres] of the agent's config at this cluster, run \
     `backstay-agent check`, and start the agent; it makes a slot, follows the new timeline and takes a snapshot";
 
-/// The command that PostgreSQL runs for each file. `%` in the path is doubled, for PostgreSQL replaces `%f` and `%p`.
-fn restore_command(ours: &Path) -> String {
-    let quoted = |path: &Path| quote_shell(&path.to_string_lossy()).replace('%', "%%");
-    format!("{} wal-fetch --plan {} %f %p", quoted(&ours.join("backstay")), quoted(ours))
-}
-
 /// Warns root, who can restore but not start.
 fn start_note(owner: Owner) -> Option<String> {
     (is_root() && owner.uid == 0)
@@ -413,17 +410,6 @@ fn start_note(owner: Owner) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn the_restore_command_survives_any_path() {
-        let command = restore_command(Path::new("/srv/it's 100%f/backstay-restore"));
-        assert_eq!(
-            command,
-            "'/srv/it'\\''s 100%%f/backstay-restore/backstay' wal-fetch --plan '/srv/it'\\''s 100%%f/backstay-restore' %f %p"
-        );
-        let line = settings::setting("restore_command", &command);
-        assert_eq!(settings::value_of(&line, "restore_command"), Some(command));
-    }
 
     #[test]
     fn strange_targets_are_refused() {

@@ -19,6 +19,7 @@ pub use text::{quote_config, quote_shell, setting, value_of};
 use crate::directory::{make_directory, write_durably};
 use crate::materialize::Existing;
 use crate::owner::Owner;
+use crate::recovery_commands::{recovery_end_command, restore_command};
 
 const AUTO: &str = "postgresql.auto.conf";
 const MAIN: &str = "postgresql.conf";
@@ -71,17 +72,22 @@ impl AtTarget {
     }
 }
 
-/// What recovery needs to know, as lines of configuration.
-pub fn recovery_lines(plan: &Plan, restore_command: &str, at_target: AtTarget) -> Vec<String> {
+/// What recovery needs to know, as lines of configuration. `ours` is the restored directory's own folder.
+pub fn recovery_lines(plan: &Plan, ours: &Path, at_target: AtTarget) -> Vec<String> {
+    // A restore that waits for the target clears up by itself.
+    let at_end = match at_target {
+        AtTarget::Pause => String::new(),
+        AtTarget::Promote => recovery_end_command(ours),
+    };
     let timeline = plan.legs.last().map_or(1, |leg| leg.timeline().get());
     let mut lines = vec![
-        setting("restore_command", restore_command),
+        setting("restore_command", &restore_command(ours)),
         setting("recovery_target_timeline", &timeline.to_string()),
         setting("recovery_target_action", at_target.word()),
         setting("recovery_min_apply_delay", "0"),
         // Everything is on disk already: PostgreSQL need not open and sync each file again.
         setting("recovery_init_sync_method", "syncfs"),
-        setting("recovery_end_command", ""),
+        setting("recovery_end_command", &at_end),
         setting("archive_cleanup_command", ""),
     ];
     let (lsn, inclusive) = match plan.stop {
@@ -219,10 +225,11 @@ impl SettingsFiles<'_> {
         Ok(cleared)
     }
 
-    /// Takes the recovery block away: the cluster is open.
-    pub fn finish_recovery(&self) -> Result<()> {
+    /// Takes the recovery block away: the cluster is open. Its lines go one by one where `ALTER SYSTEM` took the marks.
+    pub fn finish_recovery(&self, recovery: &[String]) -> Result<()> {
         let auto = self.read(AUTO)?;
-        self.write(AUTO, &text::without_block(&auto, RECOVERY))
+        let after = text::without_lines(&text::without_block(&auto, RECOVERY), recovery);
+        self.write(AUTO, &after)
     }
 
     /// The port that the server will listen on.

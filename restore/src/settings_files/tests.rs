@@ -46,13 +46,15 @@ fn joined(lines: &[String]) -> String {
 #[test]
 fn the_target_is_an_lsn_and_the_timeline_a_number() {
     let before = plan(StopPoint::BeforeRecord(Lsn::new(0x512_0000)));
-    let text = joined(&recovery_lines(&before, "cmd %f %p", AtTarget::Pause));
+    let ours = Path::new("/data/backstay-restore");
+    let text = joined(&recovery_lines(&before, ours, AtTarget::Pause));
     let value = |name| value_of(&text, name).unwrap();
     assert_eq!(value("recovery_target_lsn"), "0/5120000");
     assert_eq!(value("recovery_target_inclusive"), "off");
     assert_eq!(value("recovery_target_timeline"), "3");
     assert_eq!(value("recovery_target_action"), "pause");
-    let text = joined(&recovery_lines(&plan(StopPoint::Consistent), "cmd", AtTarget::Promote));
+    assert_eq!(value("recovery_end_command"), "", "restore clears up by itself");
+    let text = joined(&recovery_lines(&plan(StopPoint::Consistent), ours, AtTarget::Promote));
     assert_eq!(
         value_of(&text, "recovery_target"),
         None,
@@ -75,7 +77,7 @@ fn a_second_restore_leaves_nothing_of_the_first() {
     write("standby.signal", "");
     let minimums = HotStandbyMinimums { max_connections: 300, ..Default::default() };
     let after = plan(StopPoint::AfterRecord(Lsn::new(0x512_0000)));
-    let recovery = recovery_lines(&after, "cmd", AtTarget::Pause);
+    let recovery = recovery_lines(&after, Path::new("/one"), AtTarget::Pause);
     let cleared = files.prepare_recovery(&recovery, &safety_lines(&minimums, 15, None)).unwrap();
     for part in [
         "primary_conninfo",
@@ -91,7 +93,7 @@ fn a_second_restore_leaves_nothing_of_the_first() {
     assert_eq!(value_of(&read(AUTO), "max_connections").as_deref(), Some("300"));
     assert_eq!(files.port().unwrap(), 5599);
 
-    let immediate = recovery_lines(&plan(StopPoint::Consistent), "other", AtTarget::Pause);
+    let immediate = recovery_lines(&plan(StopPoint::Consistent), Path::new("/two"), AtTarget::Pause);
     let again =
         files.prepare_recovery(&immediate, &safety_lines(&minimums, 15, Some(5600))).unwrap();
     assert!(!joined(&again).contains(AUTO), "our own blocks are not the operator's: {again:?}");
@@ -101,7 +103,7 @@ fn a_second_restore_leaves_nothing_of_the_first() {
     assert_eq!(value_of(&text, "work_mem").as_deref(), Some("8MB"));
     assert_eq!(files.port().unwrap(), 5600);
 
-    files.finish_recovery().unwrap();
+    files.finish_recovery(&immediate).unwrap();
     assert_eq!(value_of(&read(AUTO), "restore_command"), None);
     assert_eq!(value_of(&read(AUTO), "archive_mode").as_deref(), Some("off"), "safety stays");
 }

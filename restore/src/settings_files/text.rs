@@ -122,6 +122,14 @@ pub fn without_block(text: &str, name: &str) -> String {
     kept
 }
 
+/// The text without these settings, where a line gives one of them the same value.
+pub fn without_lines(text: &str, settings: &[String]) -> String {
+    let parsed = |line: &str| name_of(line).map(|(name, rest)| (name, unquote(rest)));
+    let gone: Vec<_> = settings.iter().filter_map(|line| parsed(line)).collect();
+    let kept = text.lines().filter(|line| !parsed(line).is_some_and(|line| gone.contains(&line)));
+    kept.flat_map(|line| [line, "\n"]).collect()
+}
+
 /// The text without any of our blocks and without the settings that `is_stale` names; and the lines of those.
 pub fn clean(text: &str, is_stale: impl Fn(&str) -> bool) -> (String, Vec<String>) {
     let text = ["recovery", "safety"]
