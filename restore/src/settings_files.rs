@@ -22,7 +22,7 @@ use crate::owner::Owner;
 use crate::recovery_commands::{recovery_end_command, restore_command};
 
 const AUTO: &str = "postgresql.auto.conf";
-const MAIN: &str = "postgresql.conf";
+pub const MAIN: &str = "postgresql.conf";
 const RECOVERY: &str = "recovery";
 const SAFETY: &str = "safety";
 
