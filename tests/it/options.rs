@@ -294,6 +294,13 @@ async fn stale_settings_are_cleared(scene: &Scene, major: Major) -> Result<()> {
         cluster.sql(&format!("ALTER SYSTEM SET {setting}")).await?;
     }
     std::fs::write(cluster.data().join("standby.signal"), "")?;
+    // Another target in an included file, and a file of the host's.
+    let (conf, shared) = (cluster.data().join("postgresql.conf"), scene.path("shared.conf"));
+    let include = format!("include_dir 'conf.d'\ninclude '{}'\n", shared.display());
+    std::fs::write(&conf, std::fs::read_to_string(&conf)? + &include)?;
+    let more = scene.folder("main/conf.d")?.join("old.conf");
+    std::fs::write(&more, "recovery_target_xid = '9'\n")?;
+    scene.give(&more)?;
     let configuration = configuration(scene, &cluster)?;
     let mut site = Site::of(scene, cluster, configuration).await?;
     site.ledger.wait_for(100, PATIENCE).await?;
@@ -303,7 +310,7 @@ async fn stale_settings_are_cleared(scene: &Scene, major: Major) -> Result<()> {
     site.cluster.stop().await?;
     let archived = fingerprint(&archive)?;
     let (restored, finished) = site.restore_and_start("copy", "latest", &[]).await?;
-    finished.says(&["archive", "synchronous_standby_names"])?;
+    finished.says(&["archive", "synchronous_standby_names", "conf.d/old.conf", "shared.conf"])?;
     site.judge(&restored, &Target::All).await?;
     restored
         .sql("SELECT pg_switch_wal(); CREATE TABLE after (n int); SELECT pg_switch_wal()")
@@ -312,6 +319,7 @@ async fn stale_settings_are_cleared(scene: &Scene, major: Major) -> Result<()> {
         ("synchronous_standby_names", ""),
         ("primary_conninfo", ""),
         ("recovery_target_name", ""),
+        ("recovery_target_xid", ""),
         ("max_connections", "60"),
     ] {
         let is = restored.value(&format!("SHOW {setting}")).await?;
