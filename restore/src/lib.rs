@@ -12,7 +12,7 @@
 //! plan.rs           what follows from that, frozen and printed          list.rs: what could be asked for
 //!   │
 //! restore.rs        one screen: from the plan to the open cluster
-//!   ├ directory.rs      may it be used? locked, marked, moved aside      owner.rs, layout.rs, binaries.rs
+//!   ├ directory.rs      may it be used? locked, marked, moved aside      running.rs, owner.rs, layout.rs, binaries.rs
 //!   ├ pin.rs            what is read is held, so that prune leaves it alone
 //!   ├ fetch.rs          frames, from whichever location has them whole
 //!   ├ materialize.rs    each page at its place, then all of it on disk
@@ -46,6 +46,7 @@ pub mod report;
 pub mod resolve;
 pub mod restore;
 mod rounds;
+pub mod running;
 pub mod server;
 pub mod settings_files;
 pub mod target;
