@@ -71,6 +71,9 @@ pub enum Verb {
     Restore(RestoreArgs),
     /// PostgreSQL's restore_command: give it one WAL file
     WalFetch(WalFetchArgs),
+    /// PostgreSQL's recovery_end_command: take away what only recovery needed
+    #[command(hide = true)]
+    RecoveryEnd(RecoveryEndArgs),
     /// Show what happened: gaps, and what was copied or replaced between locations
     Ledger,
     /// Make keys
@@ -137,6 +140,13 @@ pub struct WalFetchArgs {
     pub file: String,
     /// Where it wants it (%p)
     pub to: PathBuf,
+}
+
+#[derive(Clone, Debug, Args)]
+pub struct RecoveryEndArgs {
+    /// The backstay-restore folder of the restored directory
+    #[arg(long, value_name = "DIR", default_value = crate::directory::OURS)]
+    pub plan: PathBuf,
 }
 
 #[derive(Clone, Debug, Subcommand)]

@@ -7,6 +7,7 @@
 use crate::layout::TABLESPACES;
 use crate::materialize::Existing;
 use crate::owner::Owner;
+use crate::running::{answers_at, running_server};
 use backstay_common::id::{ClusterName, SnapshotId, SystemId};
 use backstay_common::{Context, Error, Kind, Result, control};
 use rustix::fs::FlockOperation;
@@ -70,6 +71,15 @@ pub fn inspect(dir: &Path, cluster: &ClusterName, system: SystemId) -> Result<Fo
     if let Some(pid) = running_server(dir).filter(|_| !is_orphan) {
         return Err(refused(&format!("a PostgreSQL server (process {pid}) runs in it"))
             .remedy("stop that server first, or restore into another directory"));
+    }
+    if let Some(place) = answers_at(dir).filter(|_| running_server(dir).is_none()) {
+        let reason = format!(
+            "it has a postmaster.pid whose process is not to be seen from here, and a server answers at {place}"
+        );
+        return Err(refused(&reason).remedy(format!(
+            "stop the server of this directory, wherever it runs; if it is another that answers, remove {}/postmaster.pid",
+            dir.display()
+        )));
     }
     let text = std::fs::read(dir.join(OURS).join(MARK));
     let mark = text.ok().and_then(|text| serde_json::from_slice::<Mark>(&text).ok());
@@ -148,18 +158,6 @@ fn tablespaces_outside(dir: &Path) -> Result<BTreeMap<u32, PathBuf>> {
     Ok(outside)
 }
 
-/// The process whose cluster this is, if it lives.
-pub fn running_server(dir: &Path) -> Option<i32> {
-    let text = std::fs::read_to_string(dir.join("postmaster.pid")).ok()?;
-    let pid: i32 = text.lines().next()?.trim().parse().ok()?;
-    let lives = |pid: &i32| {
-        Pid::from_raw(*pid).is_some_and(|pid| {
-            !matches!(rustix::process::test_kill_process(pid), Err(rustix::io::Errno::SRCH))
-        })
-    };
-    Some(pid).filter(|pid| *pid > 0).filter(lives).filter(|pid| may_be_postgres(*pid))
-}
-
 /// How the private sockets of a replaying server's folder begin.
 pub const PRIVATE_SOCKETS: &str = "/tmp/backstay-";
 /// How long a server that a killed restore left behind may take to stop.
@@ -189,14 +187,6 @@ fn stop_orphan(dir: &Path) -> Result<()> {
         std::thread::sleep(Duration::from_millis(50));
     }
     Ok(())
-}
-
-/// False only if the process is known to be something else: its number was given anew.
-fn may_be_postgres(pid: i32) -> bool {
-    match std::fs::read_to_string(format!("/proc/{pid}/comm")) {
-        Ok(name) => name.starts_with("postgres") || name.starts_with("postmaster"),
-        Err(_) => true,
-    }
 }
 
 fn is_locked(dir: &Path) -> bool {
@@ -491,6 +481,20 @@ mod tests {
             Found::Occupied,
             "a stale pid file holds nothing up"
         );
+    }
+
+    #[test]
+    fn a_server_that_cannot_be_seen_is_refused_where_it_answers() {
+        let folder = tempfile::tempdir().unwrap();
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let text = format!("{}\n/data\n1\n{port}\n\n127.0.0.1\n", 1 << 30);
+        std::fs::write(folder.path().join("postmaster.pid"), text).unwrap();
+        let refused = look(folder.path()).unwrap_err();
+        assert!(refused.to_string().contains(&format!("answers at 127.0.0.1:{port}")), "{refused}");
+        assert!(refused.remedy_text().unwrap().contains("/postmaster.pid"));
+        drop(listener);
+        assert_eq!(look(folder.path()).unwrap(), Found::Occupied, "left by a crash");
     }
 
     #[test]

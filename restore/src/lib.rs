@@ -12,12 +12,12 @@
 //! plan.rs           what follows from that, frozen and printed          list.rs: what could be asked for
 //!   │
 //! restore.rs        one screen: from the plan to the open cluster
-//!   ├ directory.rs      may it be used? locked, marked, moved aside      owner.rs, layout.rs, binaries.rs
+//!   ├ directory.rs      may it be used? locked, marked, moved aside      running.rs, owner.rs, layout.rs, binaries.rs
 //!   ├ pin.rs            what is read is held, so that prune leaves it alone
 //!   ├ fetch.rs          frames, from whichever location has them whole
 //!   ├ materialize.rs    each page at its place, then all of it on disk
 //!   ├ settings_files.rs what recovery needs, what the original's role was
-//!   ├ wal_spool.rs      WAL in the clear, ahead of replay ──► wal_fetch.rs: restore_command
+//!   ├ wal_spool.rs      WAL in the clear, ahead of replay ──► wal_fetch.rs: restore_command; recovery_end.rs
 //!   ├ server.rs         a private server that replays, then the operator's
 //!   ├ replay.rs         watched to the target, promoted
 //!   └ report.rs         what was reached, lost, cleared; how long it took
@@ -39,11 +39,14 @@ pub mod owner;
 pub mod pin;
 pub mod plan;
 pub mod progress;
+pub mod recovery_commands;
+pub mod recovery_end;
 pub mod replay;
 pub mod report;
 pub mod resolve;
 pub mod restore;
 mod rounds;
+pub mod running;
 pub mod server;
 pub mod settings_files;
 pub mod target;

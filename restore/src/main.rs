@@ -1,7 +1,7 @@
 //! `backstay`: parses, resolves, runs, and turns an error into an exit code.
 
 use backstay::cli::{Cli, Global, KeysVerb, PlanArgs, RestoreArgs, Verb, WalFetchArgs};
-use backstay::{keys, ledger, list, plan, restore, wal_fetch, wal_spool};
+use backstay::{keys, ledger, list, plan, recovery_end, restore, wal_fetch, wal_spool};
 use backstay_common::catalog::Catalog;
 use backstay_common::say::say;
 use backstay_common::{Error, Kind, Result};
@@ -19,6 +19,7 @@ fn main() -> ExitCode {
     start_log(cli.global.verbose);
     let outcome = match &cli.verb {
         Verb::WalFetch(args) => return fetch_wal(args),
+        Verb::RecoveryEnd(args) => recovery_end::finish(&args.plan).map(|()| 0),
         Verb::Keys(KeysVerb::Generate { out }) => generate(out, cli.global.json).map(|()| 0),
         _ => runtime().and_then(|runtime| runtime.block_on(run(&cli))),
     };
@@ -39,7 +40,7 @@ async fn run(cli: &Cli) -> Result<u8> {
             Verb::Plan(args) => show_plan(&cli.global, args).await,
             Verb::Restore(args) => run_restore(&cli.global, args).await,
             Verb::Ledger => return show_ledger(&cli.global).await,
-            Verb::WalFetch(_) | Verb::Keys(_) => Ok(()),
+            Verb::WalFetch(_) | Verb::RecoveryEnd(_) | Verb::Keys(_) => Ok(()),
         }
         .map(|()| 0)
     };

@@ -24,7 +24,7 @@ use crate::progress::Progress;
 use crate::replay::{self, Reached};
 use crate::report::Report;
 use crate::server::{Place, Preload, ReplayServer, check_port, start_command, start_normally};
-use crate::settings_files::{self as settings, AtTarget, SettingsFiles, quote_shell};
+use crate::settings_files::{self as settings, AtTarget, SettingsFiles};
 use crate::wal_source::WalSource;
 use crate::wal_source::local::LocalWal;
 use crate::wal_spool::{Frozen, ReadWal, SavedAccess, Spool, segment_size};
@@ -86,13 +86,21 @@ pub async fn restore(
     report.moved_to = claim.moved_to.clone();
     ready.materialize(access, &claim, &mut report).await?;
     let spool = ready.write_settings(&claim, &mut report)?;
+    if request.start {
+        // Now that all of its configuration is here, and before it is replayed.
+        check_configured_port(ready.files())?;
+    }
     let source = wal_source(access, catalog, plan)?;
     let read = reader(&source);
     match request.start {
-        true => ready.start(&claim, &spool, &*read, &mut report).await?,
+        true => ready.recover(&claim, &spool, &*read, &mut report).await?,
         false => ready.leave_ready(&claim, &spool, &*read, &mut report).await?,
     }
+    // All is here, whether the server then starts or not.
     held.give_back().await;
+    if request.start {
+        ready.open(&mut report).await?;
+    }
     report.total_seconds = begun.elapsed().as_secs_f64();
     Ok(report)
 }
@@ -123,10 +131,12 @@ async fn prepare<'a>(access: &Access, plan: &'a Plan, request: &'a Request) -> R
     };
     if request.start {
         refuse_root(owner)?;
-        request.port.map_or(Ok(()), |port| check_port(port, None))?;
     }
     let locations = in_order(access, plan);
     let manifest = read_manifest(&locations, &access.keyring, plan.system, plan.snapshot).await?;
+    if request.start {
+        check_known_port(request, &found, owner, &manifest)?;
+    }
     let layout =
         Layout::new(request.dir.clone(), &manifest.root.tablespaces, &request.tablespaces)?;
     if let Found::SameCluster(outside) = &found {
@@ -139,6 +149,34 @@ async fn prepare<'a>(access: &Access, plan: &'a Plan, request: &'a Request) -> R
         directory::check_room(&request.dir, plan.database_bytes + 2 * plan.wal_bytes + (64 << 20))?;
     }
     Ok(Ready { plan, request, manifest, locations, layout, found, owner, binaries })
+}
+
+/// The port, as far as it is known before anything is fetched: asked for, in the configuration of what is restored over, or in
+/// what was saved from outside the data directory.
+fn check_known_port(
+    request: &Request,
+    found: &Found,
+    owner: Owner,
+    manifest: &Manifest,
+) -> Result<()> {
+    if let Some(port) = request.port {
+        return check_port(port, None);
+    }
+    if let Found::SameCluster(_) = found {
+        return check_configured_port(SettingsFiles { dir: &request.dir, owner }).map(drop);
+    }
+    let saved = manifest.root.config_files.iter().find(|file| file.name == settings::MAIN);
+    let text = saved.map(|file| String::from_utf8_lossy(&file.content));
+    match text.and_then(|text| settings::value_of(&text, "port")?.parse().ok()) {
+        Some(port) => check_port(port, None),
+        None => Ok(()),
+    }
+}
+
+/// The port that the server will listen on, unless somebody listens there.
+fn check_configured_port(files: SettingsFiles<'_>) -> Result<u16> {
+    let port = files.port()?;
+    check_port(port, files.socket_directory()?.as_deref()).map(|()| port)
 }
 
 /// It was somebody's cluster, and goes on being changed only if that is asked for again.
@@ -261,9 +299,7 @@ impl Ready<'_> {
         report.notes.extend(self.files().place_config(&self.manifest.root, claim.existing)?);
         let control = control::read(&self.request.dir.join("global/pg_control"))?;
         let minimums = settings::minimums(&control, &self.plan.minimums);
-        let at_target = if self.request.start { AtTarget::Pause } else { AtTarget::Promote };
-        let recovery =
-            settings::recovery_lines(self.plan, &restore_command(&claim.ours()), at_target);
+        let recovery = self.recovery_lines(claim);
         let major = self.manifest.plain.major();
         let safety = settings::safety_lines(&minimums, major, self.request.port);
         report.cleared = self.files().prepare_recovery(&recovery, &safety)?;
@@ -276,6 +312,11 @@ impl Ready<'_> {
             ));
         }
         Ok(spool)
+    }
+
+    fn recovery_lines(&self, claim: &Claim) -> Vec<String> {
+        let at_target = if self.request.start { AtTarget::Pause } else { AtTarget::Promote };
+        settings::recovery_lines(self.plan, &claim.ours(), at_target)
     }
 
     fn place(&self) -> Result<Place> {
@@ -316,8 +357,8 @@ impl Ready<'_> {
         Ok(())
     }
 
-    /// With `--start`: replayed while the WAL still comes, promoted, and opened as it is configured.
-    async fn start(
+    /// With `--start`: replayed while the WAL still comes, promoted, and stopped: complete, and as durable as it will be.
+    async fn recover(
         &self,
         claim: &Claim,
         spool: &Spool,
@@ -337,15 +378,22 @@ impl Ready<'_> {
             result => result?,
         };
         report.phase("WAL and replay", begun.elapsed().as_secs_f64());
-        let opening = Instant::now();
+        let stopping = Instant::now();
         server.stop().await.context("stop the server after replay")?;
         sync_file_systems(&self.layout)?;
-        self.files().finish_recovery()?;
+        self.files().finish_recovery(&self.recovery_lines(claim))?;
         spool.clear()?;
         claim.complete()?;
         report.reached = Some(reached);
-        let port = self.files().port()?;
-        check_port(port, self.files().socket_directory()?.as_deref()).map_err(|error| {
+        report.phase("stop and sync", stopping.elapsed().as_secs_f64());
+        Ok(())
+    }
+
+    /// Starts what is complete as it is configured.
+    async fn open(&self, report: &mut Report) -> Result<()> {
+        let place = self.place()?;
+        let opening = Instant::now();
+        let port = check_configured_port(self.files()).map_err(|error| {
             let start = start_command(Some(&place.binaries), &place.dir, place.owner);
             let remedy = format!(
                 "set another port in {}/postgresql.auto.conf, then: {start}",
@@ -398,12 +446,6 @@ fn needs_libraries(spool: &Spool) -> bool {
 const AGENT_AGAIN: &str = "so that backups go on: point [postgres] of the agent's config at this cluster, run \
     `backstay-agent check`, and start the agent; it makes a slot, follows the new timeline and takes a snapshot";
 
-/// The command that PostgreSQL runs for each file. `%` in the path is doubled, for PostgreSQL replaces `%f` and `%p`.
-fn restore_command(ours: &Path) -> String {
-    let quoted = |path: &Path| quote_shell(&path.to_string_lossy()).replace('%', "%%");
-    format!("{} wal-fetch --plan {} %f %p", quoted(&ours.join("backstay")), quoted(ours))
-}
-
 /// Warns root, who can restore but not start.
 fn start_note(owner: Owner) -> Option<String> {
     (is_root() && owner.uid == 0)
@@ -413,17 +455,6 @@ fn start_note(owner: Owner) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn the_restore_command_survives_any_path() {
-        let command = restore_command(Path::new("/srv/it's 100%f/backstay-restore"));
-        assert_eq!(
-            command,
-            "'/srv/it'\\''s 100%%f/backstay-restore/backstay' wal-fetch --plan '/srv/it'\\''s 100%%f/backstay-restore' %f %p"
-        );
-        let line = settings::setting("restore_command", &command);
-        assert_eq!(settings::value_of(&line, "restore_command"), Some(command));
-    }
 
     #[test]
     fn strange_targets_are_refused() {

@@ -5,8 +5,9 @@
 //! the server stops, the file systems are synced, and only then is it started as the operator configured it.
 
 use crate::binaries::Binaries;
-use crate::directory::{OURS, PRIVATE_SOCKETS, make_directory, running_server};
+use crate::directory::{OURS, PRIVATE_SOCKETS, make_directory};
 use crate::owner::{Owner, is_root};
+use crate::running::running_server;
 use backstay_common::postgres::{Connection, Conninfo, Environment, Mode};
 use backstay_common::{Context, Error, Kind, Result};
 use rustix::process::{Pid, Signal};

@@ -4,6 +4,7 @@
 //! open; *safety* stays: it keeps the copy from archiving, replicating or waiting in the name of the original. What earlier
 //! restores left is removed first, so that a block is never there twice.
 
+mod included;
 mod text;
 
 use crate::plan::{HotStandbyMinimums, Plan, StopPoint};
@@ -19,9 +20,10 @@ pub use text::{quote_config, quote_shell, setting, value_of};
 use crate::directory::{make_directory, write_durably};
 use crate::materialize::Existing;
 use crate::owner::Owner;
+use crate::recovery_commands::{recovery_end_command, restore_command};
 
 const AUTO: &str = "postgresql.auto.conf";
-const MAIN: &str = "postgresql.conf";
+pub const MAIN: &str = "postgresql.conf";
 const RECOVERY: &str = "recovery";
 const SAFETY: &str = "safety";
 
@@ -71,17 +73,22 @@ impl AtTarget {
     }
 }
 
-/// What recovery needs to know, as lines of configuration.
-pub fn recovery_lines(plan: &Plan, restore_command: &str, at_target: AtTarget) -> Vec<String> {
+/// What recovery needs to know, as lines of configuration. `ours` is the restored directory's own folder.
+pub fn recovery_lines(plan: &Plan, ours: &Path, at_target: AtTarget) -> Vec<String> {
+    // A restore that waits for the target clears up by itself.
+    let at_end = match at_target {
+        AtTarget::Pause => String::new(),
+        AtTarget::Promote => recovery_end_command(ours),
+    };
     let timeline = plan.legs.last().map_or(1, |leg| leg.timeline().get());
     let mut lines = vec![
-        setting("restore_command", restore_command),
+        setting("restore_command", &restore_command(ours)),
         setting("recovery_target_timeline", &timeline.to_string()),
         setting("recovery_target_action", at_target.word()),
         setting("recovery_min_apply_delay", "0"),
         // Everything is on disk already: PostgreSQL need not open and sync each file again.
         setting("recovery_init_sync_method", "syncfs"),
-        setting("recovery_end_command", ""),
+        setting("recovery_end_command", &at_end),
         setting("archive_cleanup_command", ""),
     ];
     let (lsn, inclusive) = match plan.stop {
@@ -161,7 +168,8 @@ impl SettingsFiles<'_> {
                 said.push(format!("the snapshot has no {name}: a minimal one was written"));
             }
         }
-        said.extend(self.clean_main(is_own)?);
+        said.extend(self.clean_config(is_own)?);
+        said.extend(self.missing_tls_files()?);
         Ok(said)
     }
 
@@ -178,34 +186,17 @@ impl SettingsFiles<'_> {
         Ok(Some(format!("{} is the source's {}", file.name, file.source)))
     }
 
-    /// Comments out what points at the original's files, unless it is the original's own, and recovery targets.
-    fn clean_main(&self, is_own: bool) -> Result<Vec<String>> {
-        let before = self.read(MAIN)?;
-        let is_off = |name: &str| {
-            (!is_own && CLEARED_IN_MAIN.contains(&name)) || name.starts_with("recovery_target")
-        };
-        let (after, off) = text::comment_out(&before, is_off);
-        if !off.is_empty() {
-            self.write(MAIN, &after)?;
-        }
-        for folder in text::included_folders(&after) {
-            if check_relative(&folder).is_ok() && !self.dir.join(&folder).exists() {
-                make_directory(&self.dir.join(&folder), self.owner)?;
-            }
-        }
-        Ok(off.into_iter().map(|line| format!("commented out in {MAIN}: {line}")).collect())
-    }
-
     /// Removes what earlier restores and the original's role left, writes both blocks and `recovery.signal`. Returns
     /// what was cleared, for people.
     pub fn prepare_recovery(&self, recovery: &[String], safety: &[String]) -> Result<Vec<String>> {
-        let main = self.read(MAIN)?;
+        let config = self.whole_config()?;
         let auto = self.read(AUTO)?;
         let mut cleared = Vec::new();
         let (kept, dropped) = text::clean(&auto, is_stale_in_auto);
         cleared.extend(dropped.into_iter().map(|line| format!("{AUTO}: {line}")));
         for name in SAFETY_NAMES {
-            let in_main = value_of(&main, name).filter(|value| !value.is_empty() && value != "off");
+            let in_main =
+                value_of(&config, name).filter(|value| !value.is_empty() && value != "off");
             cleared.extend(in_main.map(|value| format!("{MAIN}: {name} = '{value}' (overridden)")));
         }
         let blocks = [text::block(RECOVERY, recovery), text::block(SAFETY, safety)];
@@ -219,35 +210,35 @@ impl SettingsFiles<'_> {
         Ok(cleared)
     }
 
-    /// Takes the recovery block away: the cluster is open.
-    pub fn finish_recovery(&self) -> Result<()> {
+    /// Takes the recovery block away: the cluster is open. Its lines go one by one where `ALTER SYSTEM` took the marks.
+    pub fn finish_recovery(&self, recovery: &[String]) -> Result<()> {
         let auto = self.read(AUTO)?;
-        self.write(AUTO, &text::without_block(&auto, RECOVERY))
+        let after = text::without_lines(&text::without_block(&auto, RECOVERY), recovery);
+        self.write(AUTO, &after)
     }
 
     /// The port that the server will listen on.
     pub fn port(&self) -> Result<u16> {
-        let value = value_of(&self.read(AUTO)?, "port").or(value_of(&self.read(MAIN)?, "port"));
-        Ok(value.and_then(|value| value.parse().ok()).unwrap_or(5432))
+        Ok(self.value("port")?.and_then(|value| value.parse().ok()).unwrap_or(5432))
     }
 
     /// Where the server's sockets will be, as the configuration says; none if it leaves that to the server.
     pub fn socket_directory(&self) -> Result<Option<String>> {
-        let name = "unix_socket_directories";
-        let value = value_of(&self.read(AUTO)?, name).or(value_of(&self.read(MAIN)?, name));
+        let value = self.value("unix_socket_directories")?;
         let first = value.and_then(|v| v.split(',').next().map(|first| first.trim().to_string()));
         Ok(first.filter(|directory| !directory.is_empty()))
     }
 
-    fn read(&self, name: &str) -> Result<String> {
+    fn read(&self, name: impl AsRef<Path>) -> Result<String> {
+        let name = name.as_ref();
         match std::fs::read(self.dir.join(name)) {
             Ok(bytes) => Ok(String::from_utf8_lossy(&bytes).into_owned()),
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(String::new()),
-            Err(error) => Err(error).context(format!("read {name}")),
+            Err(error) => Err(error).context(format!("read {}", name.display())),
         }
     }
 
-    fn write(&self, name: &str, content: &str) -> Result<()> {
+    fn write(&self, name: impl AsRef<Path>, content: &str) -> Result<()> {
         write_durably(&self.dir.join(name), content.as_bytes(), self.owner)
     }
 }

@@ -4,7 +4,7 @@
 //! plan.json    the frozen plan, and how to reach the locations (no secret)
 //! histories/   a .history file for each timeline known
 //! wal/         segments, each written whole and then renamed to its place
-//! backstay     a copy of this program, for restore_command
+//! backstay     a copy of this program, for restore_command and recovery_end_command
 //! lock         held while the restore runs
 //! ```
 //!
@@ -168,6 +168,10 @@ impl Spool {
         self.ours.join("wal").join(name)
     }
 
+    pub fn owner(&self) -> Owner {
+        self.owner
+    }
+
     pub fn folder(&self) -> &Path {
         &self.ours
     }
@@ -241,10 +245,18 @@ impl Spool {
     pub fn clear(&self) -> Result<()> {
         let doing = || format!("clear {}", self.ours.display());
         for folder in ["wal", "histories"] {
-            std::fs::remove_dir_all(self.ours.join(folder)).context(doing())?;
+            unless_gone(std::fs::remove_dir_all(self.ours.join(folder))).context(doing())?;
         }
-        std::fs::remove_file(self.ours.join("backstay")).context(doing())
+        unless_gone(std::fs::remove_file(self.ours.join("backstay"))).context(doing())
     }
+}
+
+/// An attempt that was cut short may have removed it.
+fn unless_gone(removed: std::io::Result<()>) -> std::io::Result<()> {
+    removed.or_else(|error| match error.kind() {
+        std::io::ErrorKind::NotFound => Ok(()),
+        _ => Err(error),
+    })
 }
 
 /// A copy, so that recovery needs nothing from elsewhere, and an upgrade of the program does not pull it away.

@@ -237,6 +237,40 @@ async fn force_moves_aside_and_never_a_running_server(scene: &Scene, major: Majo
 }
 on_drawn_major!(force_moves_aside_and_never_a_running_server);
 
+/// A server that does not start leaves a cluster that is complete, and no pin. A port that the restored configuration gives and
+/// another server has is refused before replay.
+async fn servers_that_cannot_be_opened(scene: &Scene, major: Major) -> Result<()> {
+    let mut site = Site::start(scene, &major).await?;
+    // Only in the file: the server that runs keeps its address.
+    let conf = site.cluster.data().join("postgresql.conf");
+    let elsewhere = "\nlisten_addresses = '192.0.2.1'\n";
+    std::fs::write(&conf, std::fs::read_to_string(&conf)? + elsewhere)?;
+    site.snapshot().await?;
+    site.ledger.wait_for(50, PATIENCE).await?;
+    site.ledger.stop().await?;
+    site.all_stored().await?;
+    let (dir, bin) = (scene.path("copy"), major.bin().display().to_string());
+    let is_unfinished = |dir: &Path| dir.join("backstay-restore/incomplete").exists();
+    let mut restored = Cluster::of(scene, &major, &dir)?;
+    let port = restored.port().to_string();
+    let start = ["--start", "--pg-bin", &bin, "--port", &port];
+    let failed = restore(&site.deployment, &dir, "latest", &start).await?.expect(6)?;
+    failed.says(&["does not start", "192.0.2.1"])?;
+    ensure!(!is_unfinished(&dir), "it is not complete");
+    let listed = site.deployment.backstay(&["list", "--json"]).await?.success()?.json()?;
+    ensure!(!listed.to_string().contains("restore to latest"), "a pin is left: {listed}");
+    // The harness gives the address on the command line.
+    restored.start().await?;
+    site.judge(&restored, &Target::All).await?;
+
+    let other = scene.path("other");
+    let refused = restore(&site.deployment, &other, "latest", &start[..3]).await?.expect(2)?;
+    refused.says(&[&format!("port {}", site.cluster.port()), "remedy", "--port"])?;
+    ensure!(is_unfinished(&other), "the port was looked at when all was replayed");
+    Ok(())
+}
+on_drawn_major!(servers_that_cannot_be_opened);
+
 /// Settings of an earlier recovery, of archiving and of replication neither hold the restored server up nor let it reach
 /// what belongs to the original.
 async fn stale_settings_are_cleared(scene: &Scene, major: Major) -> Result<()> {
@@ -260,6 +294,13 @@ async fn stale_settings_are_cleared(scene: &Scene, major: Major) -> Result<()> {
         cluster.sql(&format!("ALTER SYSTEM SET {setting}")).await?;
     }
     std::fs::write(cluster.data().join("standby.signal"), "")?;
+    // Another target in an included file, and a file of the host's.
+    let (conf, shared) = (cluster.data().join("postgresql.conf"), scene.path("shared.conf"));
+    let include = format!("include_dir 'conf.d'\ninclude '{}'\n", shared.display());
+    std::fs::write(&conf, std::fs::read_to_string(&conf)? + &include)?;
+    let more = scene.folder("main/conf.d")?.join("old.conf");
+    std::fs::write(&more, "recovery_target_xid = '9'\n")?;
+    scene.give(&more)?;
     let configuration = configuration(scene, &cluster)?;
     let mut site = Site::of(scene, cluster, configuration).await?;
     site.ledger.wait_for(100, PATIENCE).await?;
@@ -269,7 +310,7 @@ async fn stale_settings_are_cleared(scene: &Scene, major: Major) -> Result<()> {
     site.cluster.stop().await?;
     let archived = fingerprint(&archive)?;
     let (restored, finished) = site.restore_and_start("copy", "latest", &[]).await?;
-    finished.says(&["archive", "synchronous_standby_names"])?;
+    finished.says(&["archive", "synchronous_standby_names", "conf.d/old.conf", "shared.conf"])?;
     site.judge(&restored, &Target::All).await?;
     restored
         .sql("SELECT pg_switch_wal(); CREATE TABLE after (n int); SELECT pg_switch_wal()")
@@ -278,6 +319,7 @@ async fn stale_settings_are_cleared(scene: &Scene, major: Major) -> Result<()> {
         ("synchronous_standby_names", ""),
         ("primary_conninfo", ""),
         ("recovery_target_name", ""),
+        ("recovery_target_xid", ""),
         ("max_connections", "60"),
     ] {
         let is = restored.value(&format!("SHOW {setting}")).await?;

@@ -1,7 +1,7 @@
 //! Every kind of target, on every major, while the database is written to all the time.
 
 use crate::folder;
-use crate::site::{PATIENCE, Site, restore};
+use crate::site::{PATIENCE, Site, recovery_left_nothing, restore};
 use anyhow::{Context, Result, ensure};
 use backstay_common::lsn::Lsn;
 use backstay_tests::ledger::Target;
@@ -177,6 +177,7 @@ async fn latest_after_the_accident(mut site: Site<'_>) -> Result<()> {
     let restored = Cluster::attach(scene, &major, &dir)?;
     ensure!(restored.port() == port, "it listens on {} and not on {port}", restored.port());
     restored.wait_until_writable(PATIENCE).await?;
+    recovery_left_nothing(&dir)?;
     let newest = site.judge(&restored, &Target::All).await?;
     agrees(&plan, &restored, &finished, newest).await
 }
@@ -188,6 +189,29 @@ fn own_copy(scene: &Scene) -> Result<std::path::PathBuf> {
     folder::copy(&backstay_program(), &copy).context("copy the program")?;
     Ok(copy)
 }
+
+/// What was restored without `--start` gets a standby as any server does: no setting of its own recovery comes along.
+async fn a_standby_of_what_was_restored(scene: &Scene, major: Major) -> Result<()> {
+    let mut site = Site::start(scene, &major).await?;
+    site.ledger.wait_for(50, PATIENCE).await?;
+    site.ledger.stop().await?;
+    site.all_stored().await?;
+    let dir = scene.path("copy");
+    restore(&site.deployment, &dir, "latest", &[]).await?.success()?;
+    let mut restored = Cluster::of(scene, &major, &dir)?;
+    restored.start().await?;
+    restored.wait_until_writable(PATIENCE).await?;
+    // As `pg_basebackup -R` makes it: with the settings of its primary, and more of its own.
+    let mut standby = restored.standby(scene, "standby").await?;
+    standby.stop().await?;
+    let auto = |dir: &Path| dir.join("postgresql.auto.conf");
+    let both = [auto(&dir), auto(standby.data())].map(std::fs::read_to_string);
+    std::fs::write(auto(standby.data()), both.into_iter().collect::<std::io::Result<String>>()?)?;
+    standby.start().await?;
+    standby.catch_up(&restored, PATIENCE).await?;
+    recovery_left_nothing(&dir)
+}
+backstay_tests::on_drawn_major!(a_standby_of_what_was_restored);
 
 /// A restore that was killed is taken up again, and ends as if nothing had happened.
 async fn an_interrupted_restore_is_taken_up(scene: &Scene, major: Major) -> Result<()> {

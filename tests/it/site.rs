@@ -144,6 +144,7 @@ impl<'s> Site<'s> {
         let mut restored = Cluster::of(self.scene, self.major(), &dir)?;
         restored.start().await?;
         restored.wait_until_writable(PATIENCE).await?;
+        recovery_left_nothing(&dir)?;
         Ok((restored, finished))
     }
 
@@ -151,6 +152,20 @@ impl<'s> Site<'s> {
     pub async fn judge(&self, restored: &Cluster, target: &Target) -> Result<Lsn> {
         judge(&self.ledger, restored, target).await
     }
+}
+
+/// The cluster is open: the settings of its recovery are gone, and so are the WAL in the clear and the program.
+pub fn recovery_left_nothing(dir: &Path) -> Result<()> {
+    let settings = std::fs::read_to_string(dir.join("postgresql.auto.conf"))?;
+    ensure!(settings.contains("archive_mode = 'off'"), "the safety block is gone: {settings}");
+    for stale in ["recovery_", "restore_command", "archive_cleanup_command", "backstay recovery"] {
+        ensure!(!settings.contains(stale), "{stale} is left in postgresql.auto.conf: {settings}");
+    }
+    for stale in ["wal", "histories", "backstay"] {
+        let path = dir.join("backstay-restore").join(stale);
+        ensure!(!path.exists(), "{} is left", path.display());
+    }
+    Ok(())
 }
 
 /// The restored server is in the state that the target asks for, and its files are sound. Says where its

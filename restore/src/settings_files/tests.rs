@@ -46,13 +46,15 @@ fn joined(lines: &[String]) -> String {
 #[test]
 fn the_target_is_an_lsn_and_the_timeline_a_number() {
     let before = plan(StopPoint::BeforeRecord(Lsn::new(0x512_0000)));
-    let text = joined(&recovery_lines(&before, "cmd %f %p", AtTarget::Pause));
+    let ours = Path::new("/data/backstay-restore");
+    let text = joined(&recovery_lines(&before, ours, AtTarget::Pause));
     let value = |name| value_of(&text, name).unwrap();
     assert_eq!(value("recovery_target_lsn"), "0/5120000");
     assert_eq!(value("recovery_target_inclusive"), "off");
     assert_eq!(value("recovery_target_timeline"), "3");
     assert_eq!(value("recovery_target_action"), "pause");
-    let text = joined(&recovery_lines(&plan(StopPoint::Consistent), "cmd", AtTarget::Promote));
+    assert_eq!(value("recovery_end_command"), "", "restore clears up by itself");
+    let text = joined(&recovery_lines(&plan(StopPoint::Consistent), ours, AtTarget::Promote));
     assert_eq!(
         value_of(&text, "recovery_target"),
         None,
@@ -75,7 +77,7 @@ fn a_second_restore_leaves_nothing_of_the_first() {
     write("standby.signal", "");
     let minimums = HotStandbyMinimums { max_connections: 300, ..Default::default() };
     let after = plan(StopPoint::AfterRecord(Lsn::new(0x512_0000)));
-    let recovery = recovery_lines(&after, "cmd", AtTarget::Pause);
+    let recovery = recovery_lines(&after, Path::new("/one"), AtTarget::Pause);
     let cleared = files.prepare_recovery(&recovery, &safety_lines(&minimums, 15, None)).unwrap();
     for part in [
         "primary_conninfo",
@@ -91,7 +93,8 @@ fn a_second_restore_leaves_nothing_of_the_first() {
     assert_eq!(value_of(&read(AUTO), "max_connections").as_deref(), Some("300"));
     assert_eq!(files.port().unwrap(), 5599);
 
-    let immediate = recovery_lines(&plan(StopPoint::Consistent), "other", AtTarget::Pause);
+    let immediate =
+        recovery_lines(&plan(StopPoint::Consistent), Path::new("/two"), AtTarget::Pause);
     let again =
         files.prepare_recovery(&immediate, &safety_lines(&minimums, 15, Some(5600))).unwrap();
     assert!(!joined(&again).contains(AUTO), "our own blocks are not the operator's: {again:?}");
@@ -101,7 +104,7 @@ fn a_second_restore_leaves_nothing_of_the_first() {
     assert_eq!(value_of(&text, "work_mem").as_deref(), Some("8MB"));
     assert_eq!(files.port().unwrap(), 5600);
 
-    files.finish_recovery().unwrap();
+    files.finish_recovery(&immediate).unwrap();
     assert_eq!(value_of(&read(AUTO), "restore_command"), None);
     assert_eq!(value_of(&read(AUTO), "archive_mode").as_deref(), Some("off"), "safety stays");
 }
@@ -139,6 +142,8 @@ fn what_points_at_the_original_is_commented_out() {
     assert_eq!(value_of(&text, "recovery_target_xid"), None);
     assert_eq!(files.port().unwrap(), 5601);
     assert!(folder.path().join("conf.d/a.conf").exists());
+    let again = SettingsFiles { dir: folder.path(), owner: files.owner };
+    assert_eq!(again.place_config(&root, Existing::Unfinished).unwrap(), [""; 0], "said once");
     let mut escaping = root.clone();
     escaping.config_files[0].name = "../x".into();
     let other = tempfile::tempdir().unwrap();
@@ -147,4 +152,80 @@ fn what_points_at_the_original_is_commented_out() {
             .place_config(&escaping, Existing::Nothing)
             .is_err()
     );
+}
+
+/// `main` and `conf.d/a.conf`, as a snapshot brings them; what is said of them.
+fn cleaned(dir: &Path, main: &str, a: &str, existing: Existing) -> String {
+    std::fs::create_dir(dir.join("conf.d")).unwrap();
+    std::fs::write(dir.join(MAIN), main).unwrap();
+    std::fs::write(dir.join("conf.d/a.conf"), a).unwrap();
+    let files = SettingsFiles { dir, owner: Owner::of_process() };
+    joined(&files.place_config(&testing::root(), existing).unwrap())
+}
+
+#[test]
+fn included_files_have_no_recovery_target_either() {
+    for existing in [Existing::Nothing, Existing::Cluster] {
+        let folder = tempfile::tempdir().unwrap();
+        let main = "include_dir = 'conf.d'\nport = 5601\n";
+        let a = "recovery_target_time = 'x'\ninclude '../b.conf'\nport = 5602\n";
+        std::fs::write(
+            folder.path().join("b.conf"),
+            "recovery_target_xid = '9'\ninclude 'b.conf'\n",
+        )
+        .unwrap();
+        let said = cleaned(folder.path(), main, a, existing);
+        assert!(said.contains("commented out in conf.d/a.conf: recovery_target_time"), "{said}");
+        assert!(said.contains("commented out in b.conf: recovery_target_xid"), "{said}");
+        let files = SettingsFiles { dir: folder.path(), owner: Owner::of_process() };
+        assert_eq!(files.value("recovery_target_time").unwrap(), None);
+        assert_eq!(files.value("recovery_target_xid").unwrap(), None);
+        assert_eq!(files.port().unwrap(), 5601, "the last one counts, wherever it is");
+    }
+}
+
+#[test]
+fn includes_that_lead_out_are_commented_out_in_a_copy() {
+    let include = "include '/etc/pg/shared.conf'\ninclude_if_exists = '/etc/pg/own.conf'\n";
+    let main = format!("{include}include_dir '../elsewhere'\ninclude_dir 'conf.d'\n");
+    let folder = tempfile::tempdir().unwrap();
+    let inside = format!("include '{}/c.conf'\n", folder.path().display());
+    let said = cleaned(folder.path(), &main, &inside, Existing::Nothing);
+    for part in ["include '/etc/pg/shared.conf'", "'/etc/pg/own.conf'", "'../elsewhere'"] {
+        assert!(said.contains(part), "{part} in {said}");
+    }
+    let main_after = std::fs::read_to_string(folder.path().join(MAIN)).unwrap();
+    let left: Vec<_> = main_after.lines().filter_map(text::include_of).collect();
+    assert_eq!(left, [("include_dir".to_string(), "conf.d".to_string())]);
+    let a_after = std::fs::read_to_string(folder.path().join("conf.d/a.conf")).unwrap();
+    assert_eq!(a_after, inside, "it stays inside");
+
+    let own = tempfile::tempdir().unwrap();
+    let said = cleaned(own.path(), &main, "", Existing::Cluster);
+    assert!(!said.contains("include"), "the cluster's own files: {said}");
+    std::fs::remove_dir_all(own.path().join("conf.d")).unwrap();
+    let files = SettingsFiles { dir: own.path(), owner: Owner::of_process() };
+    assert_eq!(
+        (files.port().unwrap(), own.path().join("conf.d").exists()),
+        (5432, false),
+        "only read"
+    );
+    files.place_config(&testing::root(), Existing::Cluster).unwrap();
+    assert!(own.path().join("conf.d").exists(), "PostgreSQL wants it");
+}
+
+#[test]
+fn certificates_that_are_not_here_are_named() {
+    let here = tempfile::NamedTempFile::new().unwrap();
+    let tls = format!(
+        "ssl_cert_file = '/etc/ssl/certs/gone.pem'\nssl_key_file = '{}'\nssl_ca_file = 'root.crt'\n",
+        here.path().display()
+    );
+    for (ssl, is_named) in [("on", true), ("off", false)] {
+        let folder = tempfile::tempdir().unwrap();
+        let main = format!("ssl = {ssl}\ninclude_dir 'conf.d'\n");
+        let said = cleaned(folder.path(), &main, &tls, Existing::Nothing);
+        assert_eq!(said.contains("ssl_cert_file is /etc/ssl/certs/gone.pem"), is_named, "{said}");
+        assert!(!said.contains("ssl_key_file") && !said.contains("ssl_ca_file"), "{said}");
+    }
 }

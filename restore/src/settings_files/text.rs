@@ -30,13 +30,27 @@ pub fn quote_shell(word: &str) -> String {
 
 /// The name and the rest of a setting's line; `None` for comments, blank lines and includes.
 fn name_of(line: &str) -> Option<(String, &str)> {
+    word_of(line).filter(|(name, _)| !is_include(name))
+}
+
+/// True of the lines that read another file or folder.
+pub fn is_include(name: &str) -> bool {
+    ["include", "include_if_exists", "include_dir"].contains(&name)
+}
+
+/// What reads another file or folder, and its path.
+pub fn include_of(line: &str) -> Option<(String, String)> {
+    let (name, rest) = word_of(line).filter(|(name, _)| is_include(name))?;
+    Some((name, unquote(rest))).filter(|(_, path)| !path.is_empty())
+}
+
+fn word_of(line: &str) -> Option<(String, &str)> {
     let line = line.trim_start();
     let end = line
         .find(|c: char| !(c.is_ascii_alphanumeric() || c == '_' || c == '.'))
         .unwrap_or(line.len());
     let (name, rest) = line.split_at(end);
-    let is_include = name.starts_with("include");
-    (!name.is_empty() && !is_include).then(|| (name.to_ascii_lowercase(), rest))
+    (!name.is_empty()).then(|| (name.to_ascii_lowercase(), rest))
 }
 
 /// A value as written after the name: quotes taken off, a comment cut.
@@ -72,18 +86,12 @@ pub fn value_of(text: &str, name: &str) -> Option<String> {
     lines.filter(|(found, _)| found == name).map(|(_, rest)| unquote(rest)).next_back()
 }
 
-/// The folders that `include_dir` names.
-pub fn included_folders(text: &str) -> Vec<String> {
-    let lines = text.lines().filter_map(|line| line.trim_start().strip_prefix("include_dir"));
-    lines.map(unquote).filter(|folder| !folder.is_empty()).collect()
-}
-
-/// Puts a `#` before the settings that `is_off` names. Returns the text and the lines.
-pub fn comment_out(text: &str, is_off: impl Fn(&str) -> bool) -> (String, Vec<String>) {
+/// Puts a `#` before the settings and includes that `is_off` picks by name and value. Returns the text and the lines.
+pub fn comment_out(text: &str, is_off: impl Fn(&str, &str) -> bool) -> (String, Vec<String>) {
     let mut off = Vec::new();
     let mut after = String::with_capacity(text.len());
     for line in text.lines() {
-        if name_of(line).is_some_and(|(name, _)| is_off(&name)) {
+        if word_of(line).is_some_and(|(name, rest)| is_off(&name, &unquote(rest))) {
             off.push(line.trim().to_string());
             after.push_str("# not in the restored copy: ");
         }
@@ -120,6 +128,14 @@ pub fn without_block(text: &str, name: &str) -> String {
         inside &= line != end;
     }
     kept
+}
+
+/// The text without these settings, where a line gives one of them the same value.
+pub fn without_lines(text: &str, settings: &[String]) -> String {
+    let parsed = |line: &str| name_of(line).map(|(name, rest)| (name, unquote(rest)));
+    let gone: Vec<_> = settings.iter().filter_map(|line| parsed(line)).collect();
+    let kept = text.lines().filter(|line| !parsed(line).is_some_and(|line| gone.contains(&line)));
+    kept.flat_map(|line| [line, "\n"]).collect()
 }
 
 /// The text without any of our blocks and without the settings that `is_stale` names; and the lines of those.
@@ -169,7 +185,10 @@ mod tests {
         assert_eq!(value_of(text, "port").as_deref(), Some("5434"));
         assert_eq!(value_of(text, "archive_command").as_deref(), Some("cp '%p' x"));
         assert_eq!(value_of(text, "portal"), None);
-        assert_eq!(included_folders("include_dir = 'conf.d'\ninclude 'x'\n"), ["conf.d"]);
+        let include = |line| include_of(line).unwrap_or_default();
+        assert_eq!(include(" Include_Dir = 'conf.d' # x"), ("include_dir".into(), "conf.d".into()));
+        assert_eq!(include("include x.conf"), ("include".into(), "x.conf".into()));
+        assert_eq!(include_of("#include 'x'"), None);
     }
 
     #[test]
@@ -183,9 +202,10 @@ mod tests {
 
     #[test]
     fn settings_are_commented_out_once() {
-        let (text, off) = comment_out("hba_file = '/etc/x'\nport = 1\n", |name| name == "hba_file");
+        let (text, off) =
+            comment_out("hba_file = '/etc/x'\nport = 1\n", |name, _| name == "hba_file");
         assert_eq!(off, ["hba_file = '/etc/x'"]);
         assert_eq!(value_of(&text, "hba_file"), None);
-        assert!(comment_out(&text, |name| name == "hba_file").1.is_empty());
+        assert!(comment_out(&text, |name, _| name == "hba_file").1.is_empty());
     }
 }
