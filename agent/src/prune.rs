@@ -16,8 +16,9 @@
 //! | `report` | what was done |
 //!
 //! What always holds: nothing is deleted that was not marked twice, at least the grace period apart by the store's clock,
-//! and the second time just before; that a manifest which is still listed needs; or that a pin holds which was there when
-//! the manifest went. A location that cannot be read whole, or whose clock is more than five minutes off ours, is left
+//! and the second time just before; that a manifest which is still listed needs; or that a pin holds which was listed when it was
+//! looked again. It is looked again just before manifests go, and just after. Of a snapshot that is pinned between that look and
+//! its manifest's deletion the manifest may go; the rest stays in that run, and in none after it. A location that cannot be read whole, or whose clock is more than five minutes off ours, is left
 //! alone. A crash leaves objects that the next run marks again.
 
 mod execute;

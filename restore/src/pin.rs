@@ -1,7 +1,9 @@
 //! Holds what a restore reads: a pin at each location that it reads from, renewed while it runs, given back at its end.
 //!
-//! The pin comes before the first pack is read, and it is looked again whether the manifest is still there after it: so either
-//! prune saw the pin, or the restore sees that the snapshot has gone. A restore that is killed leaves a pin that ends by
+//! The pin comes before the first pack is read, and it is looked again whether the manifest is still there after it. Prune looks
+//! for pins just before it deletes manifests, and again before it deletes what they need: so either it saw the pin, or the restore sees
+//! that the snapshot has gone. What is not excluded is a manifest that goes in the moment after both have looked: then prune leaves the
+//! packs in that run, and a later run may take them. A restore that is killed leaves a pin that ends by
 //! itself in some hours, enough to take the restore up again.
 
 use crate::access::Access;

@@ -147,11 +147,16 @@ impl<S: Store> Execution<'_, S> {
         Ok(())
     }
 
-    /// Manifests first. Then it is looked again who holds what, and only what is still unneeded goes.
+    /// Manifests first. Before them and after them it is looked again who holds what, and only what is still unneeded goes.
     async fn delete(&mut self, due: Vec<ObjectName>, report: &mut LocationReport) -> Result<()> {
-        let (first, rest): (Vec<_>, Vec<_>) = due.into_iter().partition(|name| {
+        let (mut first, rest): (Vec<_>, Vec<_>) = due.into_iter().partition(|name| {
             matches!(name, ObjectName::Manifest { .. } | ObjectName::Begin { .. })
         });
+        if !first.is_empty() {
+            look_again(self.store, self.stores, &mut self.look).await?;
+            let marked = self.marked();
+            first.retain(|name| marked.goes.contains_key(name));
+        }
         let mut gone = self.in_batches(&first).await;
         let present = look_again(self.store, self.stores, &mut self.look).await?;
         let marked = self.marked();

@@ -5,7 +5,7 @@ use super::look::{Look, look};
 use super::store::Store;
 use crate::context::AgentContext;
 use backstay_common::id::{LocationName, ObjectId, SnapshotId};
-use backstay_common::name::ObjectName;
+use backstay_common::name::{ObjectName, folder};
 use backstay_common::pin::{Hold, PinRecord, REASON_BYTES_MAX, damage_pin};
 use backstay_common::retention::is_trusted;
 use backstay_common::{Error, Kind, Result};
@@ -108,6 +108,7 @@ pub(super) async fn answer<S: Store>(
             Err(error) => outcome.failed.push((store.name().clone(), error.to_string())),
         }
     }
+    let is_pin = matches!(request, PinRequest::Pin { .. });
     let records = known.records(pruner, request)?;
     for (pin, seq, record) in records {
         outcome.pins.push((pin, record.snapshot));
@@ -119,12 +120,35 @@ pub(super) async fn answer<S: Store>(
                 Err(error) => outcome.failed.push((store.name().clone(), error.to_string())),
             }
         }
+        if is_pin && !outcome.locations.is_empty() {
+            still_listed(pruner, record.snapshot).await?;
+        }
     }
     if !outcome.pins.is_empty() && outcome.locations.is_empty() {
         let reasons: Vec<_> = outcome.failed.iter().map(|(l, r)| format!("{l}: {r}")).collect();
         return Err(Error::new(Kind::Storage, format!("written nowhere: {}", reasons.join("; "))));
     }
     Ok(outcome)
+}
+
+/// Fails unless one location still has the manifest: prune may have been about to delete it when the pin was written.
+async fn still_listed<S: Store>(pruner: &Pruner<'_, S>, snapshot: SnapshotId) -> Result<()> {
+    let manifest = ObjectName::Manifest { system: pruner.system, snapshot };
+    let mut unknown = None;
+    for store in pruner.stores {
+        match store.list(&folder::snapshots(pruner.system)).await {
+            Ok(listed) if listed.iter().any(|l| l.name.as_ref() == Some(&manifest)) => {
+                return Ok(());
+            }
+            Ok(_) => {}
+            Err(error) => unknown = Some(error),
+        }
+    }
+    let gone = || {
+        Error::new(Kind::Missing, format!("snapshot {snapshot} has been pruned meanwhile"))
+            .remedy("see `backstay list` for what is left")
+    };
+    Err(unknown.map_or_else(gone, |e| e.context("look whether the pinned snapshot is still there")))
 }
 
 /// What the locations together know of snapshots and pins.

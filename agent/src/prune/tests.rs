@@ -40,7 +40,11 @@ struct Sim {
     /// Objects younger than this cannot be deleted, in seconds.
     lock: AtomicI64,
     memory: Memory,
+    /// What somebody else does just before the request of this number.
+    hook: Mutex<Option<(u64, Hook)>>,
 }
+
+type Hook = Box<dyn FnOnce(&Sim) + Send>;
 
 impl Sim {
     fn new(name: &str, epoch: &Arc<Epoch>) -> Sim {
@@ -54,7 +58,14 @@ impl Sim {
             used: AtomicU64::new(0),
             lock: AtomicI64::new(0),
             memory: Memory::default(),
+            hook: Mutex::default(),
         }
+    }
+
+    /// Counts requests anew, and lets `act` come in between before the one of this number, from 1.
+    fn before(&self, number: u64, act: impl FnOnce(&Sim) + Send + 'static) {
+        self.used.store(0, Ordering::Relaxed);
+        *self.hook.lock().unwrap() = Some((number, Box::new(act)));
     }
 
     fn now(&self) -> Timestamp {
@@ -62,7 +73,11 @@ impl Sim {
     }
 
     fn request(&self) -> Result<()> {
-        self.used.fetch_add(1, Ordering::Relaxed);
+        let number = self.used.fetch_add(1, Ordering::Relaxed) + 1;
+        let hook = self.hook.lock().unwrap().take_if(|(due, _)| *due == number);
+        if let Some((_, act)) = hook {
+            act(self);
+        }
         let left =
             self.fuse.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |n| n.checked_sub(1));
         left.map(drop).map_err(|_| Error::new(Kind::Storage, "cut off"))
@@ -886,6 +901,60 @@ fn what_the_store_keeps_under_lock_is_counted_and_deleted_later() {
     let report = world.prune();
     assert_eq!(report.locations[0].left, Amount::default(), "{report}");
     assert!(report.locations[0].deleted.objects >= left.objects, "{report}");
+}
+
+/// What a look asks for when all is known: the clock, and the listing.
+const LOOK_REQUESTS: u64 = 2;
+
+/// The manifests that are due, when all of the world is known to be so.
+fn due(world: &mut World) -> Vec<SnapshotId> {
+    world.prune();
+    world.pass(GRACE + 60);
+    let report = futures::executor::block_on(
+        world.pruner().run(PruneOptions { dry_run: true, ..PruneOptions::default() }),
+    );
+    let done = &report.locations[0];
+    let goes = done.snapshots.iter().filter(|word| !word.stays).map(|word| word.id).collect();
+    assert!(done.deleted.objects > 5, "{report}");
+    goes
+}
+
+#[test]
+fn a_pin_between_the_look_and_the_deletions_keeps_its_manifest() {
+    let mut world = daily(1, 9);
+    let due = due(&mut world);
+    let (first, last) = (due[0], due[1]);
+    for snapshot in [first, last] {
+        let name = ObjectName::Manifest { system: SYSTEM, snapshot };
+        assert!(world.stores[0].names().contains(&name));
+    }
+    let sealed = pin(last, Hold::Consistent, None).seal(&world.epoch, SYSTEM, ObjectId::random(), 0);
+    world.stores[0].before(LOOK_REQUESTS + 1, move |sim| sim.store(sealed.name, sealed.bytes));
+    let report = world.prune();
+    assert!(report.failed.is_empty(), "{report}");
+    let left = left(&world.stores[0]);
+    assert!(left.contains(&last) && !left.contains(&first), "{report}");
+}
+
+#[test]
+fn a_pin_on_what_goes_meanwhile_is_no_success() {
+    let mut world = daily(1, 9);
+    let snapshot = due(&mut world)[0];
+    let request = PinRequest::Pin {
+        snapshot: snapshot.to_string(),
+        reason: "kept".into(),
+        until: None,
+        with_wal: false,
+    };
+    let forget = move |sim: &Sim| {
+        let name = ObjectName::Manifest { system: SYSTEM, snapshot };
+        sim.objects.lock().unwrap().remove(&name);
+    };
+    world.stores.iter().for_each(|store| store.before(LOOK_REQUESTS + 1, forget));
+    let answered = futures::executor::block_on(answer(&world.pruner(), request));
+    let error = answered.unwrap_err();
+    assert_eq!(error.kind(), Kind::Missing);
+    assert!(error.message().contains("has been pruned meanwhile"), "{error}");
 }
 
 #[test]
