@@ -262,6 +262,13 @@ fn alarm(context: &AgentContext, report: &PruneReport) {
         if !done.is_empty() && !report.failed.iter().any(|(failed, _)| failed == name) {
             context.alarms.clear("prune-failed", name.as_str());
         }
+        match report.refused_at(name) {
+            _ if done.is_empty() => {}
+            None => context.alarms.clear("prune-refused", name.as_str()),
+            Some(refused) => {
+                context.alarms.raise("prune-refused", name.as_str(), refusal(refused));
+            }
+        }
         match done.iter().any(|done| done.window_refused.is_some()) {
             false if done.is_empty() => {}
             false => context.alarms.clear("window-shorter", name.as_str()),
@@ -275,6 +282,12 @@ fn alarm(context: &AgentContext, report: &PruneReport) {
             tracing::info!(location = %name, system = %done.system, deleted = %done.deleted, condemned = %done.condemned, left = %done.left, "pruned");
         }
     }
+}
+
+fn refusal((left, reason): (Amount, &str)) -> String {
+    format!(
+        "the store does not delete {left} that nothing needs any more: {reason}; let this agent's identity delete there (what is under an object lock goes when that ends)"
+    )
 }
 
 /// What the locations that can be read say together of a system: what of it stays and what may go. `None` if none of them can be

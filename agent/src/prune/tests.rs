@@ -11,7 +11,7 @@ use backstay_common::snapshot::{Begin, Manifest, ManifestPlain, PackEntry, testi
 use bytes::Bytes;
 use std::collections::BTreeSet;
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
 
 const SYSTEM: SystemId = SystemId::new(7);
 const SEGMENT: u64 = 1 << 20;
@@ -39,6 +39,8 @@ struct Sim {
     used: AtomicU64,
     /// Objects younger than this cannot be deleted, in seconds.
     lock: AtomicI64,
+    /// Or not at all.
+    is_forbidden: AtomicBool,
     memory: Memory,
     /// What somebody else does just before the request of this number.
     hook: Mutex<Option<(u64, Hook)>>,
@@ -57,6 +59,7 @@ impl Sim {
             fuse: AtomicU64::new(u64::MAX),
             used: AtomicU64::new(0),
             lock: AtomicI64::new(0),
+            is_forbidden: AtomicBool::new(false),
             memory: Memory::default(),
             hook: Mutex::default(),
         }
@@ -132,10 +135,15 @@ impl Store for Sim {
             let mut objects = self.objects.lock().unwrap();
             let Some((_, modified)) = objects.get(name) else { continue };
             let age = self.now().as_second() - modified.as_second();
-            match age < self.lock.load(Ordering::Relaxed) {
-                true => refused = Some(Error::new(Kind::Storage, format!("{name} is locked"))),
-                false => drop(objects.remove(name)),
-            }
+            let reason = match age < self.lock.load(Ordering::Relaxed) {
+                true => "AccessDenied: object protected by object lock",
+                false if self.is_forbidden.load(Ordering::Relaxed) => "AccessDenied: not allowed",
+                false => {
+                    objects.remove(name);
+                    continue;
+                }
+            };
+            refused = Some(Error::new(Kind::Storage, reason));
         }
         refused.map_or(Ok(()), Err)
     }
@@ -896,11 +904,30 @@ fn what_the_store_keeps_under_lock_is_counted_and_deleted_later() {
     let done = &report.locations[0];
     assert!(report.failed.is_empty() && done.deleted.objects == 0, "{report}");
     assert!(done.left.objects > 5 && before.is_subset(&world.stores[0].names()), "{report}");
+    assert_eq!(report.refused_at(&done.location), None, "a lock is as it should be");
     let left = done.left;
     world.stores.iter().for_each(|store| store.lock.store(0, Ordering::Relaxed));
     let report = world.prune();
     assert_eq!(report.locations[0].left, Amount::default(), "{report}");
     assert!(report.locations[0].deleted.objects >= left.objects, "{report}");
+}
+
+#[test]
+fn deletions_that_are_refused_for_lack_of_rights_are_told() {
+    let mut world = daily(1, 9);
+    due(&mut world);
+    world.stores[0].is_forbidden.store(true, Ordering::Relaxed);
+    let report = world.prune();
+    let done = &report.locations[0];
+    assert!(report.failed.is_empty() && done.left.objects > 5, "{report}");
+    let refused = report.refused_at(&done.location);
+    assert_eq!(refused, Some((done.left, "AccessDenied: not allowed")));
+    let words = refusal(refused.unwrap());
+    assert!(words.contains(&done.left.to_string()) && words.contains("not allowed"), "{words}");
+    assert_eq!(report.refused_at(&report.locations[1].location), None, "it is allowed there");
+    world.stores[0].is_forbidden.store(false, Ordering::Relaxed);
+    let report = world.prune();
+    assert_eq!(report.refused_at(&report.locations[0].location), None, "{report}");
 }
 
 /// What a look asks for when all is known: the clock, and the listing.
