@@ -90,7 +90,7 @@ enum Verb {
         #[arg(long)]
         json: bool,
     },
-    /// Give back the pins of a snapshot, or one pin.
+    /// Give back the pins of a snapshot, but those of restores; or one pin.
     Unpin {
         /// A snapshot's id or the beginning of it, or a pin's id.
         which: String,

@@ -144,6 +144,7 @@ impl<S: Store> Pruner<'_, S> {
                 until: None,
                 released: false,
                 damage: Some(hold.damaged),
+                restore: None,
             };
             let sealed = pin.seal(&self.epoch, self.system, damage_pin(hold.damaged), 0);
             for (store, _) in looks {

@@ -22,7 +22,7 @@ const ANYBODY: u64 = 0;
 pub enum PinRequest {
     /// Hold a snapshot; `snapshot` is its id or a beginning of it that no other has.
     Pin { snapshot: String, reason: String, until: Option<jiff::Timestamp>, with_wal: bool },
-    /// Give back all pins of a snapshot, or the one pin of that id.
+    /// Give back all pins of a snapshot that no restore holds, or the one pin of that id.
     Unpin { which: String },
     /// The damage that is known is known to a person too.
     AckDamage,
@@ -190,10 +190,11 @@ impl Known {
                     until: until.map(|until| until.as_second()),
                     released: false,
                     damage: None,
+                    restore: None,
                 };
                 Ok(vec![(ObjectId::random(), 0, record)])
             }
-            PinRequest::Unpin { which } => self.unpin(&which),
+            PinRequest::Unpin { which } => self.unpin(&which, pruner.now),
             PinRequest::AckDamage => Ok(self.acknowledged(pruner)),
         }
     }
@@ -216,20 +217,35 @@ impl Known {
         }
     }
 
-    fn unpin(&self, which: &str) -> Result<Vec<(ObjectId, u64, PinRecord)>> {
-        let by_hand = |record: &PinRecord| !record.released && record.damage.is_none();
-        let chosen = |pin: &ObjectId, record: &PinRecord| match which.parse::<ObjectId>() {
-            Ok(one) => *pin == one,
-            Err(_) => self.snapshot(which).is_ok_and(|snapshot| record.snapshot == snapshot),
+    /// Of a snapshot all pins but those of restores, which read it; or the one pin of that id, whoever holds it.
+    fn unpin(&self, which: &str, now: jiff::Timestamp) -> Result<Vec<(ObjectId, u64, PinRecord)>> {
+        let (one, snapshot) = (which.parse::<ObjectId>().ok(), self.snapshot(which).ok());
+        let is_meant = |pin: &ObjectId, record: &PinRecord| match one {
+            Some(one) => *pin == one,
+            None => snapshot == Some(record.snapshot),
         };
-        let records: Vec<_> = self
-            .pins
-            .iter()
-            .filter(|(pin, (_, record))| by_hand(record) && chosen(pin, record))
-            .map(|(pin, (seq, record))| (*pin, seq + 1, record.given_back()))
+        let is_held = |record: &PinRecord| !record.released && record.damage.is_none();
+        let held = self.pins.iter().filter(|(pin, (_, r))| is_held(r) && is_meant(pin, r));
+        let (restores, by_hand): (Vec<_>, Vec<_>) =
+            held.partition(|(_, (_, record))| one.is_none() && record.is_of_restore());
+        if !by_hand.is_empty() {
+            let given_back = |(pin, (seq, record)): (&ObjectId, &(u64, PinRecord))| {
+                (*pin, seq + 1, record.given_back())
+            };
+            return Ok(by_hand.into_iter().map(given_back).collect());
+        }
+        let running: Vec<String> = (restores.iter())
+            .filter(|(_, (_, record))| record.holds(now.as_second()))
+            .map(|(pin, (_, record))| format!("{pin} ({}, on {})", record.reason, record.by))
             .collect();
-        match records.is_empty() {
-            false => Ok(records),
+        match running.is_empty() {
+            false => Err(Error::new(
+                Kind::Config,
+                format!("only restores hold {which:?}: pin {}", running.join("; pin ")),
+            )
+            .remedy(
+                "these pins end by themselves when the restores do, or hours later; give a pin's own id to give it back all the same",
+            )),
             true => Err(Error::new(Kind::Config, format!("nothing is pinned by {which:?}")).remedy(
                 "give a snapshot or a pin as `backstay list` shows them; for damage there is `backstay-agent ack-damage`",
             )),
@@ -253,6 +269,7 @@ impl Known {
                 until: None,
                 released: true,
                 damage: Some(*damaged),
+                restore: None,
             };
             records.push((damage_pin(*damaged), 0, record));
         }

@@ -792,6 +792,7 @@ fn pin(snapshot: SnapshotId, hold: Hold, until: Option<Timestamp>) -> PinRecord 
         until: until.map(Timestamp::as_second),
         released: false,
         damage: None,
+        restore: None,
     }
 }
 
@@ -982,6 +983,33 @@ fn a_pin_on_what_goes_meanwhile_is_no_success() {
     let error = answered.unwrap_err();
     assert_eq!(error.kind(), Kind::Missing);
     assert!(error.message().contains("has been pruned meanwhile"), "{error}");
+}
+
+#[test]
+fn the_pins_of_restores_are_given_back_by_their_own_id_only() {
+    let world = daily(1, 2);
+    let snapshot = *world.snaps.keys().next().unwrap();
+    let (restores, by_hand) = (ObjectId::from_bytes([1; 8]), ObjectId::from_bytes([2; 8]));
+    let store = |id, record: PinRecord| {
+        let sealed = record.seal(&world.epoch, SYSTEM, id, 0);
+        world.stores.iter().for_each(|s| s.store(sealed.name.clone(), sealed.bytes.clone()));
+    };
+    let until = Some(at(world.clock + HOUR));
+    let record = pin(snapshot, Hold::Onwards, until);
+    store(restores, PinRecord { restore: Some(true), ..record.clone() });
+    store(by_hand, record);
+    let unpin = |which: String| {
+        let pruner = world.pruner();
+        let answered = answer(&pruner, PinRequest::Unpin { which });
+        futures::executor::block_on(answered).map(|outcome| outcome.pins)
+    };
+    assert_eq!(unpin(snapshot.to_string()).unwrap(), [(by_hand, snapshot)]);
+    let error = unpin(snapshot.to_string()).unwrap_err();
+    assert!(error.message().contains(&format!("pin {restores} (test, on host)")), "{error}");
+    assert!(error.to_string().contains("end by themselves"), "{error}");
+    assert_eq!(unpin(restores.to_string()).unwrap(), [(restores, snapshot)]);
+    let error = unpin(snapshot.to_string()).unwrap_err();
+    assert!(error.message().contains("nothing is pinned"), "{error}");
 }
 
 #[test]

@@ -128,6 +128,7 @@ fn held(snapshot: SnapshotId, hold: Hold) -> PinRecord {
         until: None,
         released: false,
         damage: None,
+        restore: None,
     }
 }
 
