@@ -98,7 +98,7 @@ impl<S: Store> Pruner<'_, S> {
         let Some((union, together)) = self.together(&looks, &windows) else { return report };
         let held = match options.dry_run {
             true => BTreeMap::new(),
-            false => self.hold(&looks, &together.holds).await,
+            false => self.hold(&looks, &together).await,
         };
         for ((store, look), window) in looks.into_iter().zip(windows) {
             let execution = Execution {
@@ -127,39 +127,48 @@ impl<S: Store> Pruner<'_, S> {
         report
     }
 
-    /// Pins everywhere what is whole, before the snapshot that shows the damage can go. Returns where that failed.
+    /// Pins everywhere what is whole, before the snapshot that shows the damage can go, and says again what was acknowledged.
+    /// Returns where that failed.
     async fn hold(
         &self,
         looks: &[(&S, Look)],
-        holds: &[DamageHold],
+        together: &Verdict,
     ) -> BTreeMap<LocationName, String> {
+        let holds = together.holds.iter().map(|hold| (hold.damaged, 0, self.keeping(hold)));
+        let words = together.acknowledged.iter().map(|word| {
+            let reason = "nothing is damaged but what was acknowledged in its parent";
+            (word.damaged, word.seq, pins::acknowledgement(self, word.damaged, reason))
+        });
         let mut failed = BTreeMap::new();
-        for hold in holds {
-            let pin = PinRecord {
-                snapshot: hold.whole,
-                hold: Hold::Consistent,
-                reason: format!("snapshot {} has damaged pages that are whole here", hold.damaged),
-                by: self.agent.to_string(),
-                made: self.now.as_second(),
-                until: None,
-                released: false,
-                damage: Some(hold.damaged),
-                restore: None,
-            };
-            let sealed = pin.seal(&self.epoch, self.system, damage_pin(hold.damaged), 0);
+        for (damaged, seq, pin) in holds.chain(words) {
+            let sealed = pin.seal(&self.epoch, self.system, damage_pin(damaged), seq);
             for (store, _) in looks {
                 match store.put(sealed.clone(), self.epoch.id()).await {
                     Ok(()) => {}
                     // Another agent's words for the same pin.
                     Err(error) if error.kind() == Kind::Corrupt => {}
                     Err(error) => {
-                        let error = error.context("pin the last whole snapshot");
+                        let error = error.context("pin what has damaged pages whole");
                         failed.insert(store.name().clone(), error.to_string());
                     }
                 }
             }
         }
         failed
+    }
+
+    fn keeping(&self, hold: &DamageHold) -> PinRecord {
+        PinRecord {
+            snapshot: hold.whole,
+            hold: Hold::Consistent,
+            reason: format!("snapshot {} has damaged pages that are whole here", hold.damaged),
+            by: self.agent.to_string(),
+            made: self.now.as_second(),
+            until: None,
+            released: false,
+            damage: Some(hold.damaged),
+            restore: None,
+        }
     }
 
     async fn look(&self) -> Vec<(&S, Result<Look>)> {

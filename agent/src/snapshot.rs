@@ -26,6 +26,7 @@
 //! | `usage` | which frames of which packs the snapshot uses |
 //! | `pack`, `ship` | frames into packs, packs to all locations |
 //! | `commit` | the manifest, last, where all that it needs is listed |
+//! | `damage` | pages that are damaged in the database |
 //! | `leftover` | what a snapshot that was interrupted has stored, for the next one |
 //! | `pace`, `priority` | how fast files are read, and after whom |
 //! | `progress`, `outcome`, `hash_key` | how far it is, and what came of it; the key of page hashes |
@@ -45,6 +46,7 @@ mod cache;
 mod commit;
 mod config_files;
 mod cut;
+mod damage;
 mod diff;
 #[cfg(test)]
 pub(crate) mod fixture;
@@ -225,6 +227,9 @@ impl Taking<'_> {
         if !leftover.abandoned.is_empty() {
             manifest.plain.abandoned = Some(leftover.abandoned.clone());
         }
+        manifest.plain.new_corrupt_pages = parent
+            .as_ref()
+            .and_then(|parent| damage::new_pages(&manifest, parent.corrupt.as_deref()));
         let outcome = self.commit(&fleet, &manifest, &parent).await?;
         journal.remove();
         if leftover.used_bytes() > 0 {
@@ -477,6 +482,7 @@ impl Taking<'_> {
             parent,
             corrupt_pages: doubts.corrupt_count,
             abandoned: None,
+            new_corrupt_pages: None,
         };
         let root = Root {
             cluster: settings.cluster.clone(),

@@ -168,7 +168,10 @@ impl Pin {
                 PutNew::Created | PutNew::Present => return Ok(()),
             }
         }
-        Err(Error::new(Kind::Storage, format!("others took {NUMBERS_TRIED} numbers of pin {}", self.id)))
+        Err(Error::new(
+            Kind::Storage,
+            format!("others took {NUMBERS_TRIED} numbers of pin {}", self.id),
+        ))
     }
 }
 

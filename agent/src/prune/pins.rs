@@ -260,20 +260,29 @@ impl Known {
             open.map(|(pin, (seq, record))| (*pin, seq + 1, record.given_back())).collect();
         let told: BTreeSet<SnapshotId> = held.filter_map(|(_, (_, pin))| pin.damage).collect();
         for damaged in self.damaged.difference(&told) {
-            let record = PinRecord {
-                snapshot: *damaged,
-                hold: Hold::Consistent,
-                reason: "the damage was acknowledged".into(),
-                by: pruner.agent.to_string(),
-                made: pruner.now.as_second(),
-                until: None,
-                released: true,
-                damage: Some(*damaged),
-                restore: None,
-            };
+            let record = acknowledgement(pruner, *damaged, "the damage was acknowledged");
             records.push((damage_pin(*damaged), 0, record));
         }
         records
+    }
+}
+
+/// What a damage pin says when nothing, or nothing more, is held for the sake of `damaged`.
+pub(super) fn acknowledgement<S>(
+    pruner: &Pruner<'_, S>,
+    damaged: SnapshotId,
+    reason: &str,
+) -> PinRecord {
+    PinRecord {
+        snapshot: damaged,
+        hold: Hold::Consistent,
+        reason: reason.into(),
+        by: pruner.agent.to_string(),
+        made: pruner.now.as_second(),
+        until: None,
+        released: true,
+        damage: Some(damaged),
+        restore: None,
     }
 }
 

@@ -7,6 +7,7 @@ use backstay_common::name::ObjectName;
 use backstay_common::origin::{Beginnings, Origin};
 use backstay_common::seal::Sealed;
 use backstay_common::segment::TimelineId;
+use backstay_common::snapshot::manifest::read_plain;
 use backstay_common::snapshot::{Begin, Manifest, ManifestPlain, PackEntry, testing};
 use bytes::Bytes;
 use std::collections::BTreeSet;
@@ -654,6 +655,15 @@ impl World {
         futures::executor::block_on(answer(&self.pruner(), request)).unwrap();
     }
 
+    /// What is damaged, and anywhere, counts as whole from now on.
+    fn acknowledge(&mut self) {
+        futures::executor::block_on(answer(&self.pruner(), PinRequest::AckDamage)).unwrap();
+        let there: BTreeSet<SnapshotId> = self.stores.iter().flat_map(left).collect();
+        for (_, snap) in self.snaps.iter_mut().filter(|(id, _)| there.contains(id)) {
+            snap.marked = false;
+        }
+    }
+
     fn step(&mut self) {
         let hours = 1 + self.below(14) as i64;
         self.pass(hours * HOUR);
@@ -692,7 +702,7 @@ impl World {
         while !self.pinned.is_empty() {
             self.unpin();
         }
-        futures::executor::block_on(answer(&self.pruner(), PinRequest::AckDamage)).unwrap();
+        self.acknowledge();
         self.reading.clear();
         // Snapshots that were begun count as running for a week, and restores' pins end before that.
         self.pass(8 * DAY);
@@ -879,6 +889,55 @@ fn daily(seed: u64, days: u64) -> World {
     world
 }
 
+/// One page is bad in all snapshots but so many, the first after them shows it.
+fn damage_after(world: &World, count: usize) {
+    let ids: Vec<SnapshotId> = world.snaps.keys().copied().collect();
+    for (number, &snapshot) in ids.iter().enumerate().skip(count) {
+        let name = ObjectName::Manifest { system: SYSTEM, snapshot };
+        for store in &world.stores {
+            let mut objects = store.objects.lock().unwrap();
+            let Some((bytes, _)) = objects.get_mut(&name) else { continue };
+            let plain = ManifestPlain {
+                corrupt_pages: 1,
+                new_corrupt_pages: Some(u64::from(number == count)),
+                parent: number.checked_sub(1).map(|before| ids[before]),
+                ..read_plain(bytes, &name).unwrap().1
+            };
+            let root = testing::root();
+            *bytes = Manifest { plain, root }.seal(&world.epoch).unwrap().bytes;
+        }
+    }
+}
+
+#[test]
+fn damage_that_was_acknowledged_and_stays_keeps_nothing_for_ever() {
+    let mut world = daily(1, 3);
+    damage_after(&world, 2);
+    world.acknowledge();
+    for _ in 0..12 {
+        world.write(0, SEGMENT / 3);
+        world.begin();
+        world.finish();
+        damage_after(&world, 2);
+        world.prune();
+        world.pass(DAY + 60);
+    }
+    let ids: Vec<SnapshotId> = world.snaps.keys().copied().collect();
+    for store in &world.stores {
+        let left = left(store);
+        assert!(left.len() < 8 && !left.contains(&ids[2]), "{left:?}");
+        // Each that is left has a word of its own, but perhaps the newest.
+        let words = store.names().into_iter().filter(|name| matches!(name, ObjectName::Pin { .. }));
+        let words: BTreeSet<ObjectId> = words
+            .filter_map(|name| match name {
+                ObjectName::Pin { pin, .. } => Some(pin),
+                _ => None,
+            })
+            .collect();
+        assert!(left.iter().all(|id| words.contains(&damage_pin(*id))), "{words:?}");
+    }
+}
+
 fn left(store: &Sim) -> Vec<SnapshotId> {
     let manifest = |name: ObjectName| match name {
         ObjectName::Manifest { snapshot, .. } => Some(snapshot),
@@ -956,7 +1015,8 @@ fn a_pin_between_the_look_and_the_deletions_keeps_its_manifest() {
         let name = ObjectName::Manifest { system: SYSTEM, snapshot };
         assert!(world.stores[0].names().contains(&name));
     }
-    let sealed = pin(last, Hold::Consistent, None).seal(&world.epoch, SYSTEM, ObjectId::random(), 0);
+    let sealed =
+        pin(last, Hold::Consistent, None).seal(&world.epoch, SYSTEM, ObjectId::random(), 0);
     world.stores[0].before(LOOK_REQUESTS + 1, move |sim| sim.store(sealed.name, sealed.bytes));
     let report = world.prune();
     assert!(report.failed.is_empty(), "{report}");

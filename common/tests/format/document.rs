@@ -201,7 +201,11 @@ async fn records() -> BTreeMap<&'static str, Vec<Vec<u8>>> {
     let manifest = Manifest::open(objects[manifest].clone(), manifest, &epoch).unwrap();
     // As agents write them today; the stored examples are of before.
     let abandoned = Some(vec![manifest.plain.snapshot]);
-    let plain = cbor::encode(&ManifestPlain { abandoned, ..manifest.plain.clone() });
+    let plain = cbor::encode(&ManifestPlain {
+        abandoned,
+        new_corrupt_pages: Some(0),
+        ..manifest.plain.clone()
+    });
     records.entry("ManifestPlain").or_default().push(plain);
     let (_, pin) = &pins()[0];
     let pin = cbor::encode(&PinRecord { restore: Some(true), ..pin.clone() });
