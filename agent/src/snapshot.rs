@@ -114,8 +114,6 @@ const READERS_PER_CORE: usize = 2;
 const READERS_MAX: usize = 16;
 /// Jobs that wait for a reader.
 const JOBS_MAX: usize = 16;
-/// More alarms than this about damaged files help nobody.
-const ALARMS_MAX: usize = 100;
 
 /// Pages in one part of a file: 1 MiB of it, and at most one frame.
 pub fn part_pages(page_bytes: u32) -> u32 {
@@ -241,7 +239,7 @@ impl Taking<'_> {
                 "the page-hash cache has no name, the next snapshot fetches the hashes instead: {error}"
             );
         }
-        self.report_damage(&manifest.root);
+        damage::report(&self.context.alarms, self.id, &manifest.root);
         self.meter.enter(Phase::Done);
         Ok(outcome)
     }
@@ -548,33 +546,6 @@ impl Taking<'_> {
             seconds: self.started.elapsed().as_secs_f64(),
             corrupt_pages: plain.corrupt_pages,
         })
-    }
-
-    /// Alarms for files with damaged pages, and the end of those for files that are whole again.
-    fn report_damage(&self, root: &Root) {
-        let alarms = &self.context.alarms;
-        let damaged = |path: &str| root.corrupt_pages.iter().any(|page| page.path == path);
-        for alarm in alarms.list() {
-            if alarm.name == "page-corrupt" && !damaged(&alarm.subject) {
-                alarms.clear("page-corrupt", &alarm.subject);
-            }
-        }
-        let mut told = 0;
-        for pages in root.corrupt_pages.chunk_by(|a, b| a.path == b.path).take(ALARMS_MAX) {
-            let (first, blocks) = (&pages[0], pages.len());
-            told += blocks;
-            let reason = format!(
-                "{}: block {} fails its checksum ({blocks} such in the file); snapshot {} has it as it is",
-                first.path, first.block, self.id
-            );
-            alarms.raise("page-corrupt", &first.path, reason);
-        }
-        if told < root.corrupt_pages.len() {
-            tracing::error!(
-                "{} more damaged pages are named in the manifest",
-                root.corrupt_pages.len() - told
-            );
-        }
     }
 }
 
