@@ -111,7 +111,7 @@ enum Verb {
 }
 
 const EXIT_CODES: &str = "Exit codes: 0 done, 1 internal, 2 usage or configuration, 4 integrity, \
-5 storage (or committed at some required locations only), 6 PostgreSQL, 7 key, 9 no agent answers, 10 alarms";
+5 storage (or committed at some required locations only), 6 PostgreSQL, 7 key, 8 another agent holds the lease, 9 no agent answers, 10 alarms";
 
 fn main() -> ExitCode {
     allocator::keep_no_large_buffers();
