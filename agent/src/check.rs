@@ -196,7 +196,16 @@ fn of_probe(location: &Location, probe: &Probe) -> Finding {
     let ahead = probe.clock_ahead;
     let mut lacks = Vec::new();
     if !probe.deletes {
-        lacks.push("this identity may not delete, so superseded pieces stay".to_string());
+        lacks.push(
+            "this identity may not delete: nothing that is no longer needed is ever pruned there"
+                .to_string(),
+        );
+    }
+    if probe.keeps_versions {
+        lacks.push(
+            "it keeps old versions: what prune deletes stays hidden until a lifecycle rule for noncurrent versions removes it"
+                .to_string(),
+        );
     }
     if !probe.lists_from_key {
         lacks.push("it cannot list from a key: whole folders are listed each time".to_string());
@@ -324,12 +333,17 @@ mod tests {
             honours_conditions: true,
             lists_from_key: true,
             checks_uploads: Some(true),
+            keeps_versions: false,
             clock_ahead: SignedDuration::from_secs(-5),
             put_time: std::time::Duration::from_millis(7),
             object_bytes_max: 1,
         };
         let said = |probe: Probe| of_probe(&location, &probe).for_people();
         assert_eq!(said(good.clone()), "ok    location a: file:///a, PUT in 7 ms");
+        let versions = said(Probe { keeps_versions: true, ..good.clone() });
+        assert!(versions.contains("lifecycle rule for noncurrent versions"), "{versions}");
+        let forever = said(Probe { deletes: false, ..good.clone() });
+        assert!(forever.contains("nothing that is no longer needed is ever pruned"), "{forever}");
         assert!(said(Probe { lists_from_key: false, ..good.clone() }).contains("list from a key"));
         assert!(said(Probe { checks_uploads: Some(false), ..good.clone() }).contains("checksum"));
         let late = said(Probe { clock_ahead: SignedDuration::from_secs(-300), ..good.clone() });

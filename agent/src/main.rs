@@ -92,7 +92,7 @@ enum Verb {
         #[arg(long)]
         json: bool,
     },
-    /// Give back the pins of a snapshot, or one pin.
+    /// Give back the pins of a snapshot, but those of restores; or one pin.
     Unpin {
         /// A snapshot's id or the beginning of it, or a pin's id.
         which: String,
@@ -116,7 +116,7 @@ enum Verb {
 const STOP_PATIENCE: Duration = Duration::from_secs(1);
 
 const EXIT_CODES: &str = "Exit codes: 0 done, 1 internal, 2 usage or configuration, 4 integrity, \
-5 storage (or committed at some required locations only), 6 PostgreSQL, 7 key, 9 no agent answers, 10 alarms";
+5 storage (or committed at some required locations only), 6 PostgreSQL, 7 key, 8 another agent holds the lease, 9 no agent answers, 10 alarms";
 
 fn main() -> ExitCode {
     allocator::keep_no_large_buffers();

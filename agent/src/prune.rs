@@ -16,8 +16,9 @@
 //! | `report` | what was done |
 //!
 //! What always holds: nothing is deleted that was not marked twice, at least the grace period apart by the store's clock,
-//! and the second time just before; that a manifest which is still listed needs; or that a pin holds which was there when
-//! the manifest went. A location that cannot be read whole, or whose clock is more than five minutes off ours, is left
+//! and the second time just before; that a manifest which is still listed needs; or that a pin holds which was listed when it was
+//! looked again. It is looked again just before manifests go, and just after. Of a snapshot that is pinned between that look and
+//! its manifest's deletion the manifest may go; the rest stays in that run, and in none after it. A location that cannot be read whole, or whose clock is more than five minutes off ours, is left
 //! alone. A crash leaves objects that the next run marks again.
 
 mod execute;
@@ -97,7 +98,7 @@ impl<S: Store> Pruner<'_, S> {
         let Some((union, together)) = self.together(&looks, &windows) else { return report };
         let held = match options.dry_run {
             true => BTreeMap::new(),
-            false => self.hold(&looks, &together.holds).await,
+            false => self.hold(&looks, &together).await,
         };
         for ((store, look), window) in looks.into_iter().zip(windows) {
             let execution = Execution {
@@ -126,38 +127,48 @@ impl<S: Store> Pruner<'_, S> {
         report
     }
 
-    /// Pins everywhere what is whole, before the snapshot that shows the damage can go. Returns where that failed.
+    /// Pins everywhere what is whole, before the snapshot that shows the damage can go, and says again what was acknowledged.
+    /// Returns where that failed.
     async fn hold(
         &self,
         looks: &[(&S, Look)],
-        holds: &[DamageHold],
+        together: &Verdict,
     ) -> BTreeMap<LocationName, String> {
+        let holds = together.holds.iter().map(|hold| (hold.damaged, 0, self.keeping(hold)));
+        let words = together.acknowledged.iter().map(|word| {
+            let reason = "nothing is damaged but what was acknowledged in its parent";
+            (word.damaged, word.seq, pins::acknowledgement(self, word.damaged, reason))
+        });
         let mut failed = BTreeMap::new();
-        for hold in holds {
-            let pin = PinRecord {
-                snapshot: hold.whole,
-                hold: Hold::Consistent,
-                reason: format!("snapshot {} has damaged pages that are whole here", hold.damaged),
-                by: self.agent.to_string(),
-                made: self.now.as_second(),
-                until: None,
-                released: false,
-                damage: Some(hold.damaged),
-            };
-            let sealed = pin.seal(&self.epoch, self.system, damage_pin(hold.damaged), 0);
+        for (damaged, seq, pin) in holds.chain(words) {
+            let sealed = pin.seal(&self.epoch, self.system, damage_pin(damaged), seq);
             for (store, _) in looks {
                 match store.put(sealed.clone(), self.epoch.id()).await {
                     Ok(()) => {}
                     // Another agent's words for the same pin.
                     Err(error) if error.kind() == Kind::Corrupt => {}
                     Err(error) => {
-                        let error = error.context("pin the last whole snapshot");
+                        let error = error.context("pin what has damaged pages whole");
                         failed.insert(store.name().clone(), error.to_string());
                     }
                 }
             }
         }
         failed
+    }
+
+    fn keeping(&self, hold: &DamageHold) -> PinRecord {
+        PinRecord {
+            snapshot: hold.whole,
+            hold: Hold::Consistent,
+            reason: format!("snapshot {} has damaged pages that are whole here", hold.damaged),
+            by: self.agent.to_string(),
+            made: self.now.as_second(),
+            until: None,
+            released: false,
+            damage: Some(hold.damaged),
+            restore: None,
+        }
     }
 
     async fn look(&self) -> Vec<(&S, Result<Look>)> {
@@ -269,6 +280,13 @@ fn alarm(context: &AgentContext, report: &PruneReport) {
         if !done.is_empty() && !report.failed.iter().any(|(failed, _)| failed == name) {
             context.alarms.clear("prune-failed", name.as_str());
         }
+        match report.refused_at(name) {
+            _ if done.is_empty() => {}
+            None => context.alarms.clear("prune-refused", name.as_str()),
+            Some(refused) => {
+                context.alarms.raise("prune-refused", name.as_str(), refusal(refused));
+            }
+        }
         match done.iter().any(|done| done.window_refused.is_some()) {
             false if done.is_empty() => {}
             false => context.alarms.clear("window-shorter", name.as_str()),
@@ -282,6 +300,12 @@ fn alarm(context: &AgentContext, report: &PruneReport) {
             tracing::info!(location = %name, system = %done.system, deleted = %done.deleted, condemned = %done.condemned, left = %done.left, "pruned");
         }
     }
+}
+
+fn refusal((left, reason): (Amount, &str)) -> String {
+    format!(
+        "the store does not delete {left} that nothing needs any more: {reason}; let this agent's identity delete there (what is under an object lock goes when that ends)"
+    )
 }
 
 /// What the locations that can be read say together of a system: what of it stays and what may go. `None` if none of them can be

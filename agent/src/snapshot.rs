@@ -26,6 +26,7 @@
 //! | `usage` | which frames of which packs the snapshot uses |
 //! | `pack`, `ship` | frames into packs, packs to all locations |
 //! | `commit` | the manifest, last, where all that it needs is listed |
+//! | `damage` | pages that are damaged in the database |
 //! | `leftover` | what a snapshot that was interrupted has stored, for the next one |
 //! | `pace`, `priority` | how fast files are read, and after whom |
 //! | `progress`, `outcome`, `hash_key` | how far it is, and what came of it; the key of page hashes |
@@ -45,6 +46,7 @@ mod cache;
 mod commit;
 mod config_files;
 mod cut;
+mod damage;
 mod diff;
 #[cfg(test)]
 pub(crate) mod fixture;
@@ -113,8 +115,6 @@ const READERS_PER_CORE: usize = 2;
 const READERS_MAX: usize = 16;
 /// Jobs that wait for a reader.
 const JOBS_MAX: usize = 16;
-/// More alarms than this about damaged files help nobody.
-const ALARMS_MAX: usize = 100;
 
 /// Pages in one part of a file: 1 MiB of it, and at most one frame.
 pub fn part_pages(page_bytes: u32) -> u32 {
@@ -226,6 +226,9 @@ impl Taking<'_> {
         if !leftover.abandoned.is_empty() {
             manifest.plain.abandoned = Some(leftover.abandoned.clone());
         }
+        manifest.plain.new_corrupt_pages = parent
+            .as_ref()
+            .and_then(|parent| damage::new_pages(&manifest, parent.corrupt.as_deref()));
         let outcome = self.commit(&fleet, &manifest, &parent).await?;
         journal.remove();
         if leftover.used_bytes() > 0 {
@@ -237,7 +240,7 @@ impl Taking<'_> {
                 "the page-hash cache has no name, the next snapshot fetches the hashes instead: {error}"
             );
         }
-        self.report_damage(&manifest.root);
+        damage::report(&self.context.alarms, self.id, &manifest.root);
         self.meter.enter(Phase::Done);
         Ok(outcome)
     }
@@ -480,6 +483,7 @@ impl Taking<'_> {
             parent,
             corrupt_pages: doubts.corrupt_count,
             abandoned: None,
+            new_corrupt_pages: None,
         };
         let root = Root {
             cluster: settings.cluster.clone(),
@@ -545,33 +549,6 @@ impl Taking<'_> {
             seconds: self.started.elapsed().as_secs_f64(),
             corrupt_pages: plain.corrupt_pages,
         })
-    }
-
-    /// Alarms for files with damaged pages, and the end of those for files that are whole again.
-    fn report_damage(&self, root: &Root) {
-        let alarms = &self.context.alarms;
-        let damaged = |path: &str| root.corrupt_pages.iter().any(|page| page.path == path);
-        for alarm in alarms.list() {
-            if alarm.name == "page-corrupt" && !damaged(&alarm.subject) {
-                alarms.clear("page-corrupt", &alarm.subject);
-            }
-        }
-        let mut told = 0;
-        for pages in root.corrupt_pages.chunk_by(|a, b| a.path == b.path).take(ALARMS_MAX) {
-            let (first, blocks) = (&pages[0], pages.len());
-            told += blocks;
-            let reason = format!(
-                "{}: block {} fails its checksum ({blocks} such in the file); snapshot {} has it as it is",
-                first.path, first.block, self.id
-            );
-            alarms.raise("page-corrupt", &first.path, reason);
-        }
-        if told < root.corrupt_pages.len() {
-            tracing::error!(
-                "{} more damaged pages are named in the manifest",
-                root.corrupt_pages.len() - told
-            );
-        }
     }
 }
 

@@ -55,6 +55,9 @@ pub struct PinRecord {
     /// The snapshot with damaged pages for whose sake `snapshot`, the last one that has them whole, is held.
     #[n(7)]
     pub damage: Option<SnapshotId>,
+    /// True for the pin of a restore: it renews it while it runs, and gives it back itself.
+    #[n(64)]
+    pub restore: Option<bool>,
 }
 
 impl Fields for PinRecord {
@@ -93,6 +96,11 @@ impl PinRecord {
         !self.released && self.until.is_none_or(|until| now < until)
     }
 
+    /// True if a restore holds it.
+    pub fn is_of_restore(&self) -> bool {
+        self.restore == Some(true)
+    }
+
     /// The same pin, given back.
     pub fn given_back(&self) -> PinRecord {
         PinRecord { released: true, ..self.clone() }
@@ -121,6 +129,7 @@ mod tests {
             until: Some(20),
             released: false,
             damage: None,
+            restore: Some(true),
         };
         let epoch = Epoch::generate();
         let sealed = pin.seal(&epoch, SystemId::new(7), ObjectId::random(), 3);

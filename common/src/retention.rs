@@ -14,7 +14,8 @@
 //! - **Longer-lived.** The oldest trusted snapshot of each of the newest `weekly` weeks and `monthly` months stays, with only
 //!   the WAL that makes it consistent.
 //! - **Pins** keep their snapshot until they end, and the WAL that they ask for.
-//! - **Damage.** The last whole snapshot before one with damaged pages stays until the damage is acknowledged.
+//! - **Damage.** The last whole snapshot before one with damaged pages stays until the damage is acknowledged. From then on that
+//!   one counts as whole and trusted, and so does a child of it in which no other pages are damaged.
 //! - **Running.** A snapshot that has been begun, less than [`Rules::running_max`] ago, keeps its parent and all packs that
 //!   are not older than it, unless a later one's manifest says that it was abandoned. Until then one that was interrupted counts as
 //!   running, so that the next one can take over what it stored.
@@ -34,7 +35,7 @@ mod sweep;
 mod verdict;
 mod view;
 
-pub use verdict::{DamageHold, Gone, Stays, Verdict};
+pub use verdict::{Acknowledged, DamageHold, Gone, Stays, Verdict};
 pub use view::{Seen, View, is_trusted};
 
 use std::time::Duration;

@@ -20,7 +20,7 @@ pub mod testing;
 pub use begin::Begin;
 pub use filemap::{BytesRef, FileMap, FrameRef, Run};
 pub use hashes::page_hashes;
-pub use manifest::{Manifest, ManifestPlain, PackEntry, Root, Tablespace};
+pub use manifest::{CorruptPage, Manifest, ManifestPlain, PackEntry, Root, Tablespace};
 pub use table::{Content, FileEntry, FileKind, TablePart};
 
 use crate::cbor::Fields;

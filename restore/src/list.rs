@@ -409,6 +409,7 @@ mod tests {
                 until: None,
                 released: false,
                 damage: None,
+                restore: None,
             };
             let id = ObjectId::from_bytes([seq; 8]);
             repo.put(

@@ -1,7 +1,9 @@
 //! Holds what a restore reads: a pin at each location that it reads from, renewed while it runs, given back at its end.
 //!
-//! The pin comes before the first pack is read, and it is looked again whether the manifest is still there after it: so either
-//! prune saw the pin, or the restore sees that the snapshot has gone. A restore that is killed leaves a pin that ends by
+//! The pin comes before the first pack is read, and it is looked again whether the manifest is still there after it. Prune looks
+//! for pins just before it deletes manifests, and again before it deletes what they need: so either it saw the pin, or the restore sees
+//! that the snapshot has gone. What is not excluded is a manifest that goes in the moment after both have looked: then prune leaves the
+//! packs in that run, and a later run may take them. A restore that is killed leaves a pin that ends by
 //! itself in some hours, enough to take the restore up again.
 
 use crate::access::Access;
@@ -9,7 +11,7 @@ use crate::plan::Plan;
 use backstay_common::catalog::Catalog;
 use backstay_common::id::{ObjectId, SystemId};
 use backstay_common::keys::Epoch;
-use backstay_common::location::Location;
+use backstay_common::location::{Location, PutNew};
 use backstay_common::name::ObjectName;
 use backstay_common::pin::{Hold, PinRecord};
 use backstay_common::seal::Header;
@@ -27,6 +29,8 @@ const RENEWED_EVERY: Duration = Duration::from_secs(3 * 3600);
 /// How long a location may take before the restore goes on without a pin there.
 const ANSWER_TIME_MAX: Duration = Duration::from_secs(30);
 const REASON_CHARS_MAX: usize = 500;
+/// How many numbers of a pin others may have taken since it was last renewed.
+const NUMBERS_TRIED: usize = 16;
 
 /// The pins of one restore.
 #[derive(Debug)]
@@ -67,6 +71,7 @@ impl Held {
             until: None,
             released: false,
             damage: None,
+            restore: Some(true),
         };
         let mut held = Held { pins: Vec::new(), renewal: None, notes: Vec::new() };
         let mut gone = 0;
@@ -151,12 +156,22 @@ impl Pin {
         }
     }
 
+    /// Under the next number that is free: another one may have been used to give the pin back by hand.
     async fn put(&self, released: bool) -> Result<()> {
         let until = Timestamp::now().checked_add(HOLDS).ok().map(Timestamp::as_second);
         let record = PinRecord { until, released, ..self.record.clone() };
-        let seq = self.next.fetch_add(1, Ordering::Relaxed);
-        let sealed = record.seal(&self.epoch, self.system, self.id, seq);
-        self.location.put(&sealed.name, sealed.bytes).await.map(drop)
+        for _ in 0..NUMBERS_TRIED {
+            let seq = self.next.fetch_add(1, Ordering::Relaxed);
+            let sealed = record.seal(&self.epoch, self.system, self.id, seq);
+            match self.location.put_new(&sealed.name, sealed.bytes).await? {
+                PutNew::Conflict => {}
+                PutNew::Created | PutNew::Present => return Ok(()),
+            }
+        }
+        Err(Error::new(
+            Kind::Storage,
+            format!("others took {NUMBERS_TRIED} numbers of pin {}", self.id),
+        ))
     }
 }
 
@@ -165,5 +180,37 @@ fn host() -> String {
     match name.trim() {
         "" => "a host without a name".into(),
         name => name.chars().take(255).collect(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{Repo, SYSTEM};
+
+    #[tokio::test]
+    async fn a_pin_that_was_given_back_by_hand_is_renewed() {
+        let repo = Repo::new(1).await;
+        let record = PinRecord {
+            snapshot: "20261122T020000Z-1f2e3d4c".parse().unwrap(),
+            hold: Hold::Onwards,
+            reason: "restore".into(),
+            by: "host".into(),
+            made: 0,
+            until: None,
+            released: false,
+            damage: None,
+            restore: Some(true),
+        };
+        let (epoch, id, location) =
+            (repo.epoch.clone(), ObjectId::random(), repo.access.locations[0].clone());
+        let next = AtomicU64::new(0);
+        let pin = Pin { location, epoch, system: SYSTEM, id, record, next };
+        pin.put(false).await.unwrap();
+        repo.put(&pin.record.given_back().seal(&pin.epoch, SYSTEM, id, 1), &[0]).await;
+        pin.put(false).await.unwrap();
+        let name = ObjectName::Pin { system: SYSTEM, pin: id, seq: 2 };
+        let newest = PinRecord::read(&pin.location.get(&name).await.unwrap(), &name).unwrap();
+        assert!(newest.holds(0) && newest.is_of_restore());
     }
 }

@@ -178,6 +178,10 @@ async fn a_corrupt_page_stays_reported(scene: &Scene, major: Major) -> Result<()
     ensure!(list.says(&[held]).is_err(), "it is held again");
     let again = site.deployment.agent_command(&["ack-damage"]).await?.success()?;
     again.says(&["nothing was to be done"])?;
+    ensure!(take(&site).await?.corrupt == 1, "it is still bad");
+    site.deployment.agent_command(&["prune"]).await?.success()?;
+    let list = site.deployment.backstay(&["list"]).await?.success()?;
+    ensure!(list.says(&[held]).is_err(), "it is held again for what was acknowledged");
     flip()?;
     ensure!(take(&site).await?.corrupt == 0, "it is whole again");
     Ok(())

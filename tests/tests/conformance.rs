@@ -498,6 +498,9 @@ async fn what_a_store_cannot_do_is_found_out() {
     let probe = open(&bucket.settings("a")).probe().await.unwrap();
     assert!(probe.lists_from_key && probe.clock_ahead.abs() < SignedDuration::from_secs(60));
     assert_eq!(probe.checks_uploads, Some(true));
+    assert!(!probe.keeps_versions);
+    bucket.faults().tell_versions(true);
+    assert!(open(&bucket.settings("a")).probe().await.unwrap().keeps_versions);
     assert_eq!(bucket.objects().len(), 0);
 }
 

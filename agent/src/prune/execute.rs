@@ -10,9 +10,10 @@ use super::store::Store;
 use backstay_common::condemned::{Condemned, NAMES_MAX};
 use backstay_common::id::AgentName;
 use backstay_common::keys::Epoch;
+use backstay_common::location::{is_overload, is_under_lock};
 use backstay_common::name::ObjectName;
 use backstay_common::retention::{Gone, Rules, Verdict, View};
-use backstay_common::{Context, Result};
+use backstay_common::{Context, Error, Result};
 use jiff::Timestamp;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -147,12 +148,17 @@ impl<S: Store> Execution<'_, S> {
         Ok(())
     }
 
-    /// Manifests first. Then it is looked again who holds what, and only what is still unneeded goes.
+    /// Manifests first. Before them and after them it is looked again who holds what, and only what is still unneeded goes.
     async fn delete(&mut self, due: Vec<ObjectName>, report: &mut LocationReport) -> Result<()> {
-        let (first, rest): (Vec<_>, Vec<_>) = due.into_iter().partition(|name| {
+        let (mut first, rest): (Vec<_>, Vec<_>) = due.into_iter().partition(|name| {
             matches!(name, ObjectName::Manifest { .. } | ObjectName::Begin { .. })
         });
-        let mut gone = self.in_batches(&first).await;
+        if !first.is_empty() {
+            look_again(self.store, self.stores, &mut self.look).await?;
+            let marked = self.marked();
+            first.retain(|name| marked.goes.contains_key(name));
+        }
+        let mut refusals = self.in_batches(&first).await;
         let present = look_again(self.store, self.stores, &mut self.look).await?;
         let marked = self.marked();
         let held = self.held(&present);
@@ -160,28 +166,31 @@ impl<S: Store> Execution<'_, S> {
             rest.into_iter().filter(|name| marked.goes.contains_key(name) && !held.contains(name));
         let mut rest: Vec<ObjectName> = rest.collect();
         rest.sort_by_key(order);
-        gone &= self.in_batches(&rest).await;
+        refusals.extend(self.in_batches(&rest).await);
         let all: Vec<ObjectName> = first.into_iter().chain(rest).collect();
-        let left: BTreeSet<ObjectName> = match gone {
+        let left: BTreeSet<ObjectName> = match refusals.is_empty() {
             true => BTreeSet::new(),
             false => self.still_there(&all).await?,
         };
         let (left, deleted): (Vec<_>, Vec<_>) =
             all.into_iter().partition(|name| left.contains(name));
         (report.left, report.deleted) = (self.amount(&left), self.amount(&deleted));
+        let is_refusal = |error: &&Error| !is_under_lock(error) && !is_overload(error);
+        let refused = refusals.iter().find(is_refusal).filter(|_| !left.is_empty());
+        report.refused = refused.map(|error| error.message().to_string());
         Ok(())
     }
 
-    /// False if something was refused.
-    async fn in_batches(&self, names: &[ObjectName]) -> bool {
-        let mut gone = true;
+    /// Why not all is deleted: of each batch the first reason.
+    async fn in_batches(&self, names: &[ObjectName]) -> Vec<Error> {
+        let mut refusals = Vec::new();
         for batch in names.chunks(BATCH) {
             if let Err(error) = self.store.delete(batch).await {
                 tracing::warn!(location = %self.store.name(), "not all is deleted: {}", error.message());
-                gone = false;
+                refusals.push(error);
             }
         }
-        gone
+        refusals
     }
 
     /// What the manifests that are listed need, whether they may go or not.

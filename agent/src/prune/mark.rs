@@ -119,6 +119,7 @@ impl Marked {
             condemned: Amount::default(),
             waiting: Amount::default(),
             left: Amount::default(),
+            refused: None,
             damaged: look.damaged.iter().map(ToString::to_string).collect(),
             next_due: None,
             objects: self.goes.iter().take(named).map(word).collect(),

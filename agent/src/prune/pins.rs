@@ -5,7 +5,7 @@ use super::look::{Look, look};
 use super::store::Store;
 use crate::context::AgentContext;
 use backstay_common::id::{LocationName, ObjectId, SnapshotId};
-use backstay_common::name::ObjectName;
+use backstay_common::name::{ObjectName, folder};
 use backstay_common::pin::{Hold, PinRecord, REASON_BYTES_MAX, damage_pin};
 use backstay_common::retention::is_trusted;
 use backstay_common::{Error, Kind, Result};
@@ -22,7 +22,7 @@ const ANYBODY: u64 = 0;
 pub enum PinRequest {
     /// Hold a snapshot; `snapshot` is its id or a beginning of it that no other has.
     Pin { snapshot: String, reason: String, until: Option<jiff::Timestamp>, with_wal: bool },
-    /// Give back all pins of a snapshot, or the one pin of that id.
+    /// Give back all pins of a snapshot that no restore holds, or the one pin of that id.
     Unpin { which: String },
     /// The damage that is known is known to a person too.
     AckDamage,
@@ -108,6 +108,7 @@ pub(super) async fn answer<S: Store>(
             Err(error) => outcome.failed.push((store.name().clone(), error.to_string())),
         }
     }
+    let is_pin = matches!(request, PinRequest::Pin { .. });
     let records = known.records(pruner, request)?;
     for (pin, seq, record) in records {
         outcome.pins.push((pin, record.snapshot));
@@ -119,12 +120,35 @@ pub(super) async fn answer<S: Store>(
                 Err(error) => outcome.failed.push((store.name().clone(), error.to_string())),
             }
         }
+        if is_pin && !outcome.locations.is_empty() {
+            still_listed(pruner, record.snapshot).await?;
+        }
     }
     if !outcome.pins.is_empty() && outcome.locations.is_empty() {
         let reasons: Vec<_> = outcome.failed.iter().map(|(l, r)| format!("{l}: {r}")).collect();
         return Err(Error::new(Kind::Storage, format!("written nowhere: {}", reasons.join("; "))));
     }
     Ok(outcome)
+}
+
+/// Fails unless one location still has the manifest: prune may have been about to delete it when the pin was written.
+async fn still_listed<S: Store>(pruner: &Pruner<'_, S>, snapshot: SnapshotId) -> Result<()> {
+    let manifest = ObjectName::Manifest { system: pruner.system, snapshot };
+    let mut unknown = None;
+    for store in pruner.stores {
+        match store.list(&folder::snapshots(pruner.system)).await {
+            Ok(listed) if listed.iter().any(|l| l.name.as_ref() == Some(&manifest)) => {
+                return Ok(());
+            }
+            Ok(_) => {}
+            Err(error) => unknown = Some(error),
+        }
+    }
+    let gone = || {
+        Error::new(Kind::Missing, format!("snapshot {snapshot} has been pruned meanwhile"))
+            .remedy("see `backstay list` for what is left")
+    };
+    Err(unknown.map_or_else(gone, |e| e.context("look whether the pinned snapshot is still there")))
 }
 
 /// What the locations together know of snapshots and pins.
@@ -166,10 +190,11 @@ impl Known {
                     until: until.map(|until| until.as_second()),
                     released: false,
                     damage: None,
+                    restore: None,
                 };
                 Ok(vec![(ObjectId::random(), 0, record)])
             }
-            PinRequest::Unpin { which } => self.unpin(&which),
+            PinRequest::Unpin { which } => self.unpin(&which, pruner.now),
             PinRequest::AckDamage => Ok(self.acknowledged(pruner)),
         }
     }
@@ -192,20 +217,35 @@ impl Known {
         }
     }
 
-    fn unpin(&self, which: &str) -> Result<Vec<(ObjectId, u64, PinRecord)>> {
-        let by_hand = |record: &PinRecord| !record.released && record.damage.is_none();
-        let chosen = |pin: &ObjectId, record: &PinRecord| match which.parse::<ObjectId>() {
-            Ok(one) => *pin == one,
-            Err(_) => self.snapshot(which).is_ok_and(|snapshot| record.snapshot == snapshot),
+    /// Of a snapshot all pins but those of restores, which read it; or the one pin of that id, whoever holds it.
+    fn unpin(&self, which: &str, now: jiff::Timestamp) -> Result<Vec<(ObjectId, u64, PinRecord)>> {
+        let (one, snapshot) = (which.parse::<ObjectId>().ok(), self.snapshot(which).ok());
+        let is_meant = |pin: &ObjectId, record: &PinRecord| match one {
+            Some(one) => *pin == one,
+            None => snapshot == Some(record.snapshot),
         };
-        let records: Vec<_> = self
-            .pins
-            .iter()
-            .filter(|(pin, (_, record))| by_hand(record) && chosen(pin, record))
-            .map(|(pin, (seq, record))| (*pin, seq + 1, record.given_back()))
+        let is_held = |record: &PinRecord| !record.released && record.damage.is_none();
+        let held = self.pins.iter().filter(|(pin, (_, r))| is_held(r) && is_meant(pin, r));
+        let (restores, by_hand): (Vec<_>, Vec<_>) =
+            held.partition(|(_, (_, record))| one.is_none() && record.is_of_restore());
+        if !by_hand.is_empty() {
+            let given_back = |(pin, (seq, record)): (&ObjectId, &(u64, PinRecord))| {
+                (*pin, seq + 1, record.given_back())
+            };
+            return Ok(by_hand.into_iter().map(given_back).collect());
+        }
+        let running: Vec<String> = (restores.iter())
+            .filter(|(_, (_, record))| record.holds(now.as_second()))
+            .map(|(pin, (_, record))| format!("{pin} ({}, on {})", record.reason, record.by))
             .collect();
-        match records.is_empty() {
-            false => Ok(records),
+        match running.is_empty() {
+            false => Err(Error::new(
+                Kind::Config,
+                format!("only restores hold {which:?}: pin {}", running.join("; pin ")),
+            )
+            .remedy(
+                "these pins end by themselves when the restores do, or hours later; give a pin's own id to give it back all the same",
+            )),
             true => Err(Error::new(Kind::Config, format!("nothing is pinned by {which:?}")).remedy(
                 "give a snapshot or a pin as `backstay list` shows them; for damage there is `backstay-agent ack-damage`",
             )),
@@ -220,19 +260,29 @@ impl Known {
             open.map(|(pin, (seq, record))| (*pin, seq + 1, record.given_back())).collect();
         let told: BTreeSet<SnapshotId> = held.filter_map(|(_, (_, pin))| pin.damage).collect();
         for damaged in self.damaged.difference(&told) {
-            let record = PinRecord {
-                snapshot: *damaged,
-                hold: Hold::Consistent,
-                reason: "the damage was acknowledged".into(),
-                by: pruner.agent.to_string(),
-                made: pruner.now.as_second(),
-                until: None,
-                released: true,
-                damage: Some(*damaged),
-            };
+            let record = acknowledgement(pruner, *damaged, "the damage was acknowledged");
             records.push((damage_pin(*damaged), 0, record));
         }
         records
+    }
+}
+
+/// What a damage pin says when nothing, or nothing more, is held for the sake of `damaged`.
+pub(super) fn acknowledgement<S>(
+    pruner: &Pruner<'_, S>,
+    damaged: SnapshotId,
+    reason: &str,
+) -> PinRecord {
+    PinRecord {
+        snapshot: damaged,
+        hold: Hold::Consistent,
+        reason: reason.into(),
+        by: pruner.agent.to_string(),
+        made: pruner.now.as_second(),
+        until: None,
+        released: true,
+        damage: Some(damaged),
+        restore: None,
     }
 }
 

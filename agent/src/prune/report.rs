@@ -57,6 +57,8 @@ pub struct LocationReport {
     pub waiting: Amount,
     /// Due, but the store would not delete it, as under object lock; it is tried again.
     pub left: Amount,
+    /// Why it would not, where that is neither a lock nor a lack of time.
+    pub refused: Option<String>,
     /// Objects that are damaged here, and were read from another location to judge.
     pub damaged: Vec<String>,
     /// When the next of what is condemned is due.
@@ -119,6 +121,18 @@ impl PruneReport {
         self.unavailable.extend(other.unavailable);
     }
 
+    /// What the systems' objects at a location leave undeleted although no lock holds them, and why.
+    pub fn refused_at(&self, location: &LocationName) -> Option<(Amount, &str)> {
+        let mut left = Amount::default();
+        let mut reason = None;
+        for done in self.locations.iter().filter(|done| done.location == *location) {
+            let Some(refused) = &done.refused else { continue };
+            left.join(done.left);
+            reason = reason.or(Some(refused.as_str()));
+        }
+        reason.map(|reason| (left, reason))
+    }
+
     /// When something that is condemned is next due.
     pub fn next_due(&self) -> Option<Timestamp> {
         self.locations.iter().filter_map(|location| location.next_due).min()
@@ -173,6 +187,9 @@ impl LocationReport {
         }
         if self.left.objects > 0 {
             writeln!(f, "  the store does not let go of {}; tried again later", self.left)?;
+        }
+        if let Some(reason) = &self.refused {
+            writeln!(f, "  REFUSED: {reason}")?;
         }
         match self.next_due {
             Some(due) => writeln!(f, "  next due: {due}"),

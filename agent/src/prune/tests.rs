@@ -7,11 +7,12 @@ use backstay_common::name::ObjectName;
 use backstay_common::origin::{Beginnings, Origin};
 use backstay_common::seal::Sealed;
 use backstay_common::segment::TimelineId;
+use backstay_common::snapshot::manifest::read_plain;
 use backstay_common::snapshot::{Begin, Manifest, ManifestPlain, PackEntry, testing};
 use bytes::Bytes;
 use std::collections::BTreeSet;
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
 
 const SYSTEM: SystemId = SystemId::new(7);
 const SEGMENT: u64 = 1 << 20;
@@ -39,8 +40,14 @@ struct Sim {
     used: AtomicU64,
     /// Objects younger than this cannot be deleted, in seconds.
     lock: AtomicI64,
+    /// Or not at all.
+    is_forbidden: AtomicBool,
     memory: Memory,
+    /// What somebody else does just before the request of this number.
+    hook: Mutex<Option<(u64, Hook)>>,
 }
+
+type Hook = Box<dyn FnOnce(&Sim) + Send>;
 
 impl Sim {
     fn new(name: &str, epoch: &Arc<Epoch>) -> Sim {
@@ -53,8 +60,16 @@ impl Sim {
             fuse: AtomicU64::new(u64::MAX),
             used: AtomicU64::new(0),
             lock: AtomicI64::new(0),
+            is_forbidden: AtomicBool::new(false),
             memory: Memory::default(),
+            hook: Mutex::default(),
         }
+    }
+
+    /// Counts requests anew, and lets `act` come in between before the one of this number, from 1.
+    fn before(&self, number: u64, act: impl FnOnce(&Sim) + Send + 'static) {
+        self.used.store(0, Ordering::Relaxed);
+        *self.hook.lock().unwrap() = Some((number, Box::new(act)));
     }
 
     fn now(&self) -> Timestamp {
@@ -62,7 +77,11 @@ impl Sim {
     }
 
     fn request(&self) -> Result<()> {
-        self.used.fetch_add(1, Ordering::Relaxed);
+        let number = self.used.fetch_add(1, Ordering::Relaxed) + 1;
+        let hook = self.hook.lock().unwrap().take_if(|(due, _)| *due == number);
+        if let Some((_, act)) = hook {
+            act(self);
+        }
         let left =
             self.fuse.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |n| n.checked_sub(1));
         left.map(drop).map_err(|_| Error::new(Kind::Storage, "cut off"))
@@ -117,10 +136,15 @@ impl Store for Sim {
             let mut objects = self.objects.lock().unwrap();
             let Some((_, modified)) = objects.get(name) else { continue };
             let age = self.now().as_second() - modified.as_second();
-            match age < self.lock.load(Ordering::Relaxed) {
-                true => refused = Some(Error::new(Kind::Storage, format!("{name} is locked"))),
-                false => drop(objects.remove(name)),
-            }
+            let reason = match age < self.lock.load(Ordering::Relaxed) {
+                true => "AccessDenied: object protected by object lock",
+                false if self.is_forbidden.load(Ordering::Relaxed) => "AccessDenied: not allowed",
+                false => {
+                    objects.remove(name);
+                    continue;
+                }
+            };
+            refused = Some(Error::new(Kind::Storage, reason));
         }
         refused.map_or(Ok(()), Err)
     }
@@ -631,6 +655,15 @@ impl World {
         futures::executor::block_on(answer(&self.pruner(), request)).unwrap();
     }
 
+    /// What is damaged, and anywhere, counts as whole from now on.
+    fn acknowledge(&mut self) {
+        futures::executor::block_on(answer(&self.pruner(), PinRequest::AckDamage)).unwrap();
+        let there: BTreeSet<SnapshotId> = self.stores.iter().flat_map(left).collect();
+        for (_, snap) in self.snaps.iter_mut().filter(|(id, _)| there.contains(id)) {
+            snap.marked = false;
+        }
+    }
+
     fn step(&mut self) {
         let hours = 1 + self.below(14) as i64;
         self.pass(hours * HOUR);
@@ -669,7 +702,7 @@ impl World {
         while !self.pinned.is_empty() {
             self.unpin();
         }
-        futures::executor::block_on(answer(&self.pruner(), PinRequest::AckDamage)).unwrap();
+        self.acknowledge();
         self.reading.clear();
         // Snapshots that were begun count as running for a week, and restores' pins end before that.
         self.pass(8 * DAY);
@@ -769,6 +802,7 @@ fn pin(snapshot: SnapshotId, hold: Hold, until: Option<Timestamp>) -> PinRecord 
         until: until.map(Timestamp::as_second),
         released: false,
         damage: None,
+        restore: None,
     }
 }
 
@@ -855,6 +889,55 @@ fn daily(seed: u64, days: u64) -> World {
     world
 }
 
+/// One page is bad in all snapshots but so many, the first after them shows it.
+fn damage_after(world: &World, count: usize) {
+    let ids: Vec<SnapshotId> = world.snaps.keys().copied().collect();
+    for (number, &snapshot) in ids.iter().enumerate().skip(count) {
+        let name = ObjectName::Manifest { system: SYSTEM, snapshot };
+        for store in &world.stores {
+            let mut objects = store.objects.lock().unwrap();
+            let Some((bytes, _)) = objects.get_mut(&name) else { continue };
+            let plain = ManifestPlain {
+                corrupt_pages: 1,
+                new_corrupt_pages: Some(u64::from(number == count)),
+                parent: number.checked_sub(1).map(|before| ids[before]),
+                ..read_plain(bytes, &name).unwrap().1
+            };
+            let root = testing::root();
+            *bytes = Manifest { plain, root }.seal(&world.epoch).unwrap().bytes;
+        }
+    }
+}
+
+#[test]
+fn damage_that_was_acknowledged_and_stays_keeps_nothing_for_ever() {
+    let mut world = daily(1, 3);
+    damage_after(&world, 2);
+    world.acknowledge();
+    for _ in 0..12 {
+        world.write(0, SEGMENT / 3);
+        world.begin();
+        world.finish();
+        damage_after(&world, 2);
+        world.prune();
+        world.pass(DAY + 60);
+    }
+    let ids: Vec<SnapshotId> = world.snaps.keys().copied().collect();
+    for store in &world.stores {
+        let left = left(store);
+        assert!(left.len() < 8 && !left.contains(&ids[2]), "{left:?}");
+        // Each that is left has a word of its own, but perhaps the newest.
+        let words = store.names().into_iter().filter(|name| matches!(name, ObjectName::Pin { .. }));
+        let words: BTreeSet<ObjectId> = words
+            .filter_map(|name| match name {
+                ObjectName::Pin { pin, .. } => Some(pin),
+                _ => None,
+            })
+            .collect();
+        assert!(left.iter().all(|id| words.contains(&damage_pin(*id))), "{words:?}");
+    }
+}
+
 fn left(store: &Sim) -> Vec<SnapshotId> {
     let manifest = |name: ObjectName| match name {
         ObjectName::Manifest { snapshot, .. } => Some(snapshot),
@@ -881,11 +964,112 @@ fn what_the_store_keeps_under_lock_is_counted_and_deleted_later() {
     let done = &report.locations[0];
     assert!(report.failed.is_empty() && done.deleted.objects == 0, "{report}");
     assert!(done.left.objects > 5 && before.is_subset(&world.stores[0].names()), "{report}");
+    assert_eq!(report.refused_at(&done.location), None, "a lock is as it should be");
     let left = done.left;
     world.stores.iter().for_each(|store| store.lock.store(0, Ordering::Relaxed));
     let report = world.prune();
     assert_eq!(report.locations[0].left, Amount::default(), "{report}");
     assert!(report.locations[0].deleted.objects >= left.objects, "{report}");
+}
+
+#[test]
+fn deletions_that_are_refused_for_lack_of_rights_are_told() {
+    let mut world = daily(1, 9);
+    due(&mut world);
+    world.stores[0].is_forbidden.store(true, Ordering::Relaxed);
+    let report = world.prune();
+    let done = &report.locations[0];
+    assert!(report.failed.is_empty() && done.left.objects > 5, "{report}");
+    let refused = report.refused_at(&done.location);
+    assert_eq!(refused, Some((done.left, "AccessDenied: not allowed")));
+    let words = refusal(refused.unwrap());
+    assert!(words.contains(&done.left.to_string()) && words.contains("not allowed"), "{words}");
+    assert_eq!(report.refused_at(&report.locations[1].location), None, "it is allowed there");
+    world.stores[0].is_forbidden.store(false, Ordering::Relaxed);
+    let report = world.prune();
+    assert_eq!(report.refused_at(&report.locations[0].location), None, "{report}");
+}
+
+/// What a look asks for when all is known: the clock, and the listing.
+const LOOK_REQUESTS: u64 = 2;
+
+/// The manifests that are due, when all of the world is known to be so.
+fn due(world: &mut World) -> Vec<SnapshotId> {
+    world.prune();
+    world.pass(GRACE + 60);
+    let report = futures::executor::block_on(
+        world.pruner().run(PruneOptions { dry_run: true, ..PruneOptions::default() }),
+    );
+    let done = &report.locations[0];
+    let goes = done.snapshots.iter().filter(|word| !word.stays).map(|word| word.id).collect();
+    assert!(done.deleted.objects > 5, "{report}");
+    goes
+}
+
+#[test]
+fn a_pin_between_the_look_and_the_deletions_keeps_its_manifest() {
+    let mut world = daily(1, 9);
+    let due = due(&mut world);
+    let (first, last) = (due[0], due[1]);
+    for snapshot in [first, last] {
+        let name = ObjectName::Manifest { system: SYSTEM, snapshot };
+        assert!(world.stores[0].names().contains(&name));
+    }
+    let sealed =
+        pin(last, Hold::Consistent, None).seal(&world.epoch, SYSTEM, ObjectId::random(), 0);
+    world.stores[0].before(LOOK_REQUESTS + 1, move |sim| sim.store(sealed.name, sealed.bytes));
+    let report = world.prune();
+    assert!(report.failed.is_empty(), "{report}");
+    let left = left(&world.stores[0]);
+    assert!(left.contains(&last) && !left.contains(&first), "{report}");
+}
+
+#[test]
+fn a_pin_on_what_goes_meanwhile_is_no_success() {
+    let mut world = daily(1, 9);
+    let snapshot = due(&mut world)[0];
+    let request = PinRequest::Pin {
+        snapshot: snapshot.to_string(),
+        reason: "kept".into(),
+        until: None,
+        with_wal: false,
+    };
+    let forget = move |sim: &Sim| {
+        let name = ObjectName::Manifest { system: SYSTEM, snapshot };
+        sim.objects.lock().unwrap().remove(&name);
+    };
+    world.stores.iter().for_each(|store| store.before(LOOK_REQUESTS + 1, forget));
+    let answered = futures::executor::block_on(answer(&world.pruner(), request));
+    let error = answered.unwrap_err();
+    assert_eq!(error.kind(), Kind::Missing);
+    assert!(error.message().contains("has been pruned meanwhile"), "{error}");
+}
+
+#[test]
+fn the_pins_of_restores_are_given_back_by_their_own_id_only() {
+    let world = daily(1, 2);
+    let snapshot = *world.snaps.keys().next().unwrap();
+    let (restores, by_hand) = (ObjectId::from_bytes([1; 8]), ObjectId::from_bytes([2; 8]));
+    let store = |id, record: PinRecord| {
+        let sealed = record.seal(&world.epoch, SYSTEM, id, 0);
+        world.stores.iter().for_each(|s| s.store(sealed.name.clone(), sealed.bytes.clone()));
+    };
+    let until = Some(at(world.clock + HOUR));
+    let record = pin(snapshot, Hold::Onwards, until);
+    store(restores, PinRecord { restore: Some(true), ..record.clone() });
+    store(by_hand, record);
+    let unpin = |which: String| {
+        let pruner = world.pruner();
+        let answered = answer(&pruner, PinRequest::Unpin { which });
+        futures::executor::block_on(answered).map(|outcome| outcome.pins)
+    };
+    assert_eq!(unpin(snapshot.to_string()).unwrap(), [(by_hand, snapshot)]);
+    let error = unpin(snapshot.to_string()).unwrap_err();
+    assert!(error.message().contains(&format!("pin {restores} (test, on host)")), "{error}");
+    assert!(error.to_string().contains("end by themselves"), "{error}");
+    assert_eq!(unpin(restores.to_string()).unwrap(), [(restores, snapshot)]);
+    let error = unpin(snapshot.to_string()).unwrap_err();
+    assert!(error.message().contains("nothing is pinned"), "{error}");
 }
 
 #[test]

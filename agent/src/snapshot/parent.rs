@@ -20,7 +20,7 @@ use backstay_common::name::{ObjectName, folder};
 use backstay_common::segment::TimelineId;
 use backstay_common::snapshot::manifest::read_plain;
 use backstay_common::snapshot::packs::PackReader;
-use backstay_common::snapshot::{BytesRef, Manifest, ManifestPlain, PackEntry};
+use backstay_common::snapshot::{BytesRef, CorruptPage, Manifest, ManifestPlain, PackEntry};
 use backstay_common::{Context, Error, Kind, Result};
 use bytes::Bytes;
 use futures::FutureExt;
@@ -41,6 +41,8 @@ pub struct Parent {
     pub plain: ManifestPlain,
     /// The locations at which its manifest was found.
     pub places: Vec<LocationName>,
+    /// All pages that are damaged in it, where that is known.
+    pub corrupt: Option<Vec<CorruptPage>>,
     cache: Arc<Cache>,
     /// Parts of its table that may be referred to, by their hash.
     table: HashMap<[u8; 32], BytesRef>,
@@ -114,7 +116,7 @@ impl Parent {
         let skipping = (is_same_server && is_recent).then(Default::default);
         let kept = summary.table.iter().filter(|part| keeps(&cache.worn_packs, &part.place));
         let table = kept.map(|part| (part.hash, part.place.clone())).collect();
-        Parent { plain, places, cache: Arc::new(cache), table, skipping }
+        Parent { plain, places, corrupt: None, cache: Arc::new(cache), table, skipping }
     }
 }
 
@@ -276,6 +278,7 @@ async fn with_cache(
 ) -> Result<Parent> {
     let state_dir = &context.settings.state_dir;
     let opened = open_manifest(context, bytes, name, &locations).await;
+    let corrupt = opened.as_ref().ok().and_then(Manifest::all_corrupt_pages).map(<[_]>::to_vec);
     let local_key = hash_key::read(state_dir, context.system)?;
     let (opened, hash_key) = match (opened, local_key) {
         (Ok(manifest), _) => {
@@ -303,7 +306,8 @@ async fn with_cache(
     if local_key != Some(hash_key) {
         hash_key::adopt(state_dir, context.system, &hash_key)?;
     }
-    Ok(Parent::new(plain, places, cache, server, jiff::Timestamp::now().as_second()))
+    let parent = Parent::new(plain, places, cache, server, jiff::Timestamp::now().as_second());
+    Ok(Parent { corrupt, ..parent })
 }
 
 async fn open_manifest(

@@ -65,6 +65,27 @@ pub fn is_overload(error: &Error) -> bool {
     error.remedy_text() == Some(OVERLOADED)
 }
 
+/// Words that a store has for what it keeps until a time: S3 and its look-alikes, Google, Azure. In lower case.
+const LOCKS: [&str; 10] = [
+    "object lock",
+    "objectlock",
+    "worm protected",
+    "retentionpolicynotmet",
+    "retention policy",
+    "object retention",
+    "underactivehold",
+    "active hold",
+    "event-based hold",
+    "blobimmutable",
+];
+
+/// True if a deletion was refused because of an object lock, a retention policy or a hold: then it is as it should be, and the
+/// same may succeed when that ends.
+pub fn is_under_lock(error: &Error) -> bool {
+    let reason = error.message().to_ascii_lowercase();
+    LOCKS.iter().any(|lock| reason.contains(lock))
+}
+
 impl Store {
     fn credentials(self) -> &'static str {
         match self {
@@ -206,6 +227,27 @@ mod tests {
         let body = "500: <?xml?><Error><Code>SlowDown</Code><Message>Please reduce\n it</Message>";
         assert_eq!(reason(&generic(body)), "SlowDown: Please reduce it");
         assert!(reason(&generic("x".repeat(9000))).len() < 500);
+    }
+
+    #[test]
+    fn a_lock_is_told_from_a_lack_of_rights() {
+        let is_lock = |reason: &str| is_under_lock(&Error::new(Kind::Storage, reason));
+        for reason in [
+            "AccessDenied: Access Denied because object protected by object lock.",
+            "InvalidRequest: Object is WORM protected and cannot be overwritten",
+            "RetentionPolicyNotMet: Object is subject to bucket's retention policy",
+            "ObjectUnderActiveHold: Object is under active Temporary hold",
+            "BlobImmutableDueToPolicy: This operation is not permitted",
+        ] {
+            assert!(is_lock(reason), "{reason}");
+        }
+        for reason in [
+            "AccessDenied: Access Denied",
+            "location worm: delete: AccessDenied: not authorized to perform: s3:DeleteObject on acme-lock-worm",
+            "AuthorizationPermissionMismatch: This request is not authorized",
+        ] {
+            assert!(!is_lock(reason), "{reason}");
+        }
     }
 
     #[test]

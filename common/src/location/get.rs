@@ -3,6 +3,7 @@
 //! Every request asks for at most 64 MiB and has its own retries, so a reader that is slow to take
 //! what it asked for never holds a connection open.
 
+use super::url::Store;
 use super::{Location, OBJECT_BYTES_MAX};
 use crate::error::{Error, Kind, Result};
 use crate::name::ObjectName;
@@ -58,6 +59,18 @@ impl Location {
                 _ => Err(self.fault("read", path, &error)),
             },
         }
+    }
+
+    /// Whether the object at `path` is one of several versions that the store would keep; for the probe. Google's objects have a
+    /// generation whether older ones are kept or not.
+    pub(super) async fn has_versions(&self, path: &str) -> Result<bool> {
+        if !matches!(self.0.store, Some(Store::S3 | Store::Azure)) {
+            return Ok(false);
+        }
+        let meta = self.0.reads.head(&self.at(path)?).await;
+        let meta = meta.map_err(|error| self.fault("look at", path, &error))?;
+        // Where versions were kept once and are no more, all new ones have the same name.
+        Ok(meta.version.is_some_and(|version| version != "null"))
     }
 
     pub(super) async fn size_at(&self, path: &str) -> Result<Option<u64>> {

@@ -24,6 +24,8 @@ pub struct Probe {
     pub lists_from_key: bool,
     /// Whether an upload that is damaged on its way is refused; `None` for folders.
     pub checks_uploads: Option<bool>,
+    /// Whether what is deleted is only hidden, as an older version. Not known of Google's buckets: false.
+    pub keeps_versions: bool,
     /// How far the store's clock is ahead of ours, to about a second.
     pub clock_ahead: SignedDuration,
     /// How long the first small object took to store.
@@ -100,6 +102,7 @@ impl Location {
             honours_conditions: self.try_conditions(&paths[0], &bytes).await?,
             lists_from_key: names(&from) == [second],
             checks_uploads: self.refuses_damage(&paths[2], bytes).await?,
+            keeps_versions: self.has_versions(&paths[0]).await?,
             clock_ahead: listed[0].modified.duration_since(stored),
             put_time,
             object_bytes_max: OBJECT_BYTES_MAX,

@@ -1,13 +1,13 @@
 //! Which snapshots stay, and which WAL with them.
 
 use super::Rules;
-use super::verdict::{DamageHold, Stays};
+use super::verdict::{Acknowledged, DamageHold, Stays};
 use super::view::{View, is_trusted};
 use crate::id::{Branch, SnapshotId};
 use crate::line::{Line, Past, line_of};
 use crate::lsn::{Lsn, LsnRange};
 use crate::name::ObjectName;
-use crate::pin::Hold;
+use crate::pin::{Hold, PinRecord, damage_pin};
 use crate::snapshot::ManifestPlain;
 use jiff::Timestamp;
 use std::collections::{BTreeMap, BTreeSet};
@@ -24,6 +24,7 @@ pub(super) struct Kept {
     /// Branches whose origins are needed.
     pub branches: BTreeSet<Branch>,
     pub holds: Vec<DamageHold>,
+    pub acknowledged: Vec<Acknowledged>,
 }
 
 impl Kept {
@@ -62,6 +63,8 @@ struct Judge<'a> {
     lines: BTreeMap<Branch, Line>,
     /// Snapshots that can be restored from what is listed.
     usable: BTreeSet<SnapshotId>,
+    /// Damaged ones that count as whole.
+    acknowledged: BTreeSet<SnapshotId>,
     /// What is stored after this is inside the window.
     edge: Timestamp,
 }
@@ -70,7 +73,8 @@ pub(super) fn judge(view: &View, rules: &Rules) -> Kept {
     let pasts = view.pasts();
     let lines = pasts.keys().map(|&branch| (branch, line_of(branch, &pasts))).collect();
     let edge = back(back(view.now, rules.window), rules.margin);
-    let mut judge = Judge { view, rules, pasts, lines, usable: BTreeSet::new(), edge };
+    let (usable, acknowledged) = (BTreeSet::new(), acknowledged(view));
+    let mut judge = Judge { view, rules, pasts, lines, usable, acknowledged, edge };
     let is_usable = |plain: &&ManifestPlain| judge.is_usable(plain);
     judge.usable = view.manifests.values().filter(is_usable).map(|plain| plain.snapshot).collect();
     let mut kept = Kept::default();
@@ -106,7 +110,11 @@ impl Judge<'_> {
     }
 
     fn is_usable_and_trusted(&self, plain: &ManifestPlain) -> bool {
-        self.usable.contains(&plain.snapshot) && is_trusted(plain)
+        self.usable.contains(&plain.snapshot) && self.is_trusted(plain)
+    }
+
+    fn is_trusted(&self, plain: &ManifestPlain) -> bool {
+        is_trusted(plain) || self.acknowledged.contains(&plain.snapshot)
     }
 
     /// The snapshots on a line, in its order.
@@ -223,22 +231,18 @@ impl Judge<'_> {
     }
 
     fn damage(&self, kept: &mut Kept) {
+        self.inherited(kept);
         let records: Vec<_> = self.view.newest_pins().map(|(_, pin)| pin).collect();
-        for damaged in self.view.manifests.values().filter(|plain| !is_trusted(plain)) {
-            let is_its = |released| {
-                let damage = Some(damaged.snapshot);
-                records.iter().any(move |pin| pin.damage == damage && pin.released == released)
-            };
-            let Some(line) = self.lines.get(&damaged.branch).filter(|_| !is_its(true)) else {
-                continue;
-            };
+        for damaged in self.view.manifests.values().filter(|plain| !self.is_trusted(plain)) {
+            let Some(line) = self.lines.get(&damaged.branch) else { continue };
             let mut before =
                 self.on_line(line).into_iter().filter(|plain| plain.stop < damaged.stop);
             let Some(whole) = before.rfind(|plain| self.is_usable_and_trusted(plain)) else {
                 continue;
             };
             kept.snapshot(whole, Stays::Damage);
-            let is_held = is_its(false)
+            let is_its = |pin: &&PinRecord| pin.damage == Some(damaged.snapshot) && !pin.released;
+            let is_held = records.iter().any(is_its)
                 || kept.holds.iter().any(|hold| hold.whole == whole.snapshot)
                 || records.iter().any(|pin| {
                     pin.snapshot == whole.snapshot && pin.damage.is_some() && !pin.released
@@ -250,10 +254,50 @@ impl Judge<'_> {
         }
     }
 
+    /// Says of whom no pin says yet that the damage is acknowledged.
+    fn inherited(&self, kept: &mut Kept) {
+        let listed = |id: &&SnapshotId| self.view.manifests.contains_key(*id);
+        for &damaged in self.acknowledged.iter().filter(listed) {
+            let newest = self.view.newest_pins().find_map(|(name, record)| match name {
+                ObjectName::Pin { pin, seq, .. } if *pin == damage_pin(damaged) => {
+                    Some((*seq, record.released))
+                }
+                _ => None,
+            });
+            let seq = match newest {
+                Some((_, true)) => continue,
+                Some((seq, false)) => seq + 1,
+                None => 0,
+            };
+            kept.acknowledged.push(Acknowledged { damaged, seq });
+        }
+    }
+
     fn running(&self, kept: &mut Kept) {
         for (_, begin) in running(self.view, self.rules) {
             let parent = begin.parent.and_then(|parent| self.view.manifests.get(&parent));
             parent.iter().for_each(|plain| kept.snapshot(plain, Stays::Running));
+        }
+    }
+}
+
+/// Damaged snapshots whose damage a person has acknowledged: a pin that was given back says so, or else their parent is one of
+/// them and has all pages damaged that they have.
+fn acknowledged(view: &View) -> BTreeSet<SnapshotId> {
+    let told = view.newest_pins().filter(|(_, pin)| pin.released);
+    let mut known: BTreeSet<SnapshotId> = told.filter_map(|(_, pin)| pin.damage).collect();
+    let inherits =
+        |plain: &&ManifestPlain| !is_trusted(plain) && plain.new_corrupt_pages == Some(0);
+    // Parents are older as a rule, so that once through is enough.
+    loop {
+        let before = known.len();
+        for plain in view.manifests.values().filter(inherits) {
+            if plain.parent.is_some_and(|parent| known.contains(&parent)) {
+                known.insert(plain.snapshot);
+            }
+        }
+        if known.len() == before {
+            return known;
         }
     }
 }

@@ -70,6 +70,7 @@ pub(super) fn sweep(view: &View, rules: &Rules, kept: Kept) -> Verdict {
     verdict.snapshots = sweep.kept.snapshots;
     verdict.wal = sweep.kept.wal;
     verdict.holds = sweep.kept.holds;
+    verdict.acknowledged = sweep.kept.acknowledged;
     verdict
 }
 

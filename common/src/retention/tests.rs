@@ -105,6 +105,23 @@ impl Story {
         name
     }
 
+    fn acknowledge(&mut self, damaged: SnapshotId, seq: u64) -> ObjectName {
+        let word = held(damaged, Hold::Consistent).given_back();
+        self.pin(seq, PinRecord { damage: Some(damaged), ..word }, damage_pin(damaged))
+    }
+
+    /// One page is bad in all of these; the first of them shows it.
+    fn damage(&mut self, snapshots: &[SnapshotId]) {
+        let mut parent = None;
+        for id in snapshots {
+            let plain = self.0.manifests.get_mut(id).unwrap();
+            plain.corrupt_pages += 1;
+            plain.new_corrupt_pages = Some(u64::from(parent.is_none()));
+            plain.parent = parent.or(plain.parent);
+            parent = Some(*id);
+        }
+    }
+
     fn kept(&self, rules: &Rules) -> BTreeSet<SnapshotId> {
         judge(&self.0, rules).snapshots.into_keys().collect()
     }
@@ -128,6 +145,7 @@ fn held(snapshot: SnapshotId, hold: Hold) -> PinRecord {
         until: None,
         released: false,
         damage: None,
+        restore: None,
     }
 }
 
@@ -154,11 +172,9 @@ fn a_marked_an_unusable_and_a_late_snapshot_do_not_begin_the_window() {
     let (story, snapshots) = Story::daily(12);
     let mut marked = Story(story.0.clone());
     marked.0.manifests.get_mut(&snapshots[4]).unwrap().corrupt_pages = 1;
-    // Acknowledged, so that nothing else keeps the one before it.
-    let word = held(snapshots[3], Hold::Consistent).given_back();
-    let word = PinRecord { damage: Some(snapshots[4]), ..word };
-    marked.pin(0, word, damage_pin(snapshots[4]));
-    assert_eq!(marked.kept(&week()), set(&snapshots[3..]));
+    assert_eq!(judge(&marked.0, &week()).snapshots[&snapshots[3]], Stays::Window);
+    marked.acknowledge(snapshots[4], 0);
+    assert_eq!(marked.kept(&week()), set(&snapshots[4..]));
     let mut lacking = Story(story.0.clone());
     let pack = lacking.0.manifests[&snapshots[4]].packs[0].name(SYSTEM);
     lacking.0.objects.remove(&pack);
@@ -294,6 +310,57 @@ fn what_is_whole_stays_until_the_damage_is_acknowledged() {
     assert!(verdict.stays.contains_key(&word), "or the pin would come back");
     story.0.manifests.remove(&snapshots[3]);
     assert_eq!(judge(&story.0, &week()).goes[&word], Gone::Pin);
+}
+
+#[test]
+fn an_acknowledgement_lasts_while_no_other_page_goes_bad() {
+    let (mut story, snapshots) = Story::daily(14);
+    story.damage(&snapshots[3..]);
+    assert!(story.kept(&week()).contains(&snapshots[2]), "nothing reaches the window but it");
+    // Said of the first one, before the others were taken.
+    let word = story.acknowledge(snapshots[3], 0);
+    let verdict = judge(&story.0, &week());
+    assert_eq!(verdict.snapshots.keys().copied().collect::<BTreeSet<_>>(), set(&snapshots[6..]));
+    let from = story.0.manifests[&snapshots[6]].wal_needed().start;
+    assert_eq!(verdict.wal[&branch(1)], [LsnRange::new(from, Lsn::MAX)]);
+    assert_eq!(verdict.holds, []);
+    let inherited: Vec<_> = snapshots[4..].iter().map(|&damaged| (damaged, 0)).collect();
+    let said = |verdict: &Verdict| -> Vec<(SnapshotId, u64)> {
+        verdict.acknowledged.iter().map(|word| (word.damaged, word.seq)).collect()
+    };
+    assert_eq!(said(&verdict), inherited);
+
+    let mut other_page = Story(story.0.clone());
+    other_page.damage(&snapshots[12..]);
+    let verdict = judge(&other_page.0, &week());
+    let hold = DamageHold { whole: snapshots[11], damaged: snapshots[12] };
+    assert_eq!(verdict.holds, [hold], "the last that has the other page whole");
+    assert_eq!(said(&verdict), inherited[..8]);
+    let mut unknown = Story(story.0.clone());
+    unknown.0.manifests.get_mut(&snapshots[9]).unwrap().new_corrupt_pages = None;
+    let hold = DamageHold { whole: snapshots[8], damaged: snapshots[9] };
+    assert_eq!(judge(&unknown.0, &week()).holds, [hold]);
+
+    // Each has its own word when the first of them goes.
+    for (damaged, seq) in inherited {
+        story.acknowledge(damaged, seq);
+    }
+    story.0.manifests.retain(|id, _| snapshots[6..].contains(id));
+    story.0.pins.remove(&word);
+    let verdict = judge(&story.0, &week());
+    assert_eq!(verdict.snapshots.keys().copied().collect::<BTreeSet<_>>(), set(&snapshots[6..]));
+    assert_eq!((verdict.holds, verdict.acknowledged), (vec![], vec![]));
+}
+
+#[test]
+fn an_open_pin_of_its_own_ends_where_the_damage_is_its_parents() {
+    let (mut story, snapshots) = Story::daily(14);
+    story.damage(&snapshots[3..5]);
+    let own = PinRecord { damage: Some(snapshots[4]), ..held(snapshots[2], Hold::Consistent) };
+    story.pin(0, own, damage_pin(snapshots[4]));
+    story.acknowledge(snapshots[3], 0);
+    let word = Acknowledged { damaged: snapshots[4], seq: 1 };
+    assert_eq!(judge(&story.0, &week()).acknowledged, [word]);
 }
 
 #[test]

@@ -96,6 +96,14 @@ pub struct DamageHold {
     pub damaged: SnapshotId,
 }
 
+/// Nothing is damaged in `damaged` but what was so in its parent, and that is acknowledged. A pin of its own is to say so, given
+/// back and with this number.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Acknowledged {
+    pub damaged: SnapshotId,
+    pub seq: u64,
+}
+
 /// What stays and what may go of everything that was listed.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Verdict {
@@ -107,4 +115,6 @@ pub struct Verdict {
     pub wal: BTreeMap<Branch, Vec<LsnRange>>,
     /// Pins that whoever may write should make, before the damaged snapshot goes and is forgotten.
     pub holds: Vec<DamageHold>,
+    /// Others, before the parent goes and what was said of it is forgotten.
+    pub acknowledged: Vec<Acknowledged>,
 }

@@ -45,7 +45,8 @@ pub struct View {
     pub leases: Vec<Lease>,
 }
 
-/// Whether a snapshot may be what the window begins with. A committed manifest is; one with damaged pages is not. A record
+/// Whether a snapshot may be what the window begins with. A committed manifest is; one with damaged pages is not, until the
+/// damage is acknowledged. A record
 /// that it has been verified, or was found wanting, is to be asked for here.
 pub fn is_trusted(plain: &ManifestPlain) -> bool {
     plain.corrupt_pages == 0

@@ -67,6 +67,10 @@ pub struct ManifestPlain {
     /// Snapshots that were begun before by the same agent, and never ended: their `begin` keeps nothing any more.
     #[n(64)]
     pub abandoned: Option<Vec<SnapshotId>>,
+    /// Those of [`ManifestPlain::corrupt_pages`] that the parent has whole, by file and block. None without damage or a parent, and
+    /// where either root does not name all of its own.
+    #[n(65)]
+    pub new_corrupt_pages: Option<u64>,
 }
 
 impl Fields for ManifestPlain {
@@ -236,6 +240,12 @@ impl Manifest {
         Ok(seal::seal(draft, epoch, |_| ObjectName::Manifest { system, snapshot }))
     }
 
+    /// All pages that are damaged in it; None if there are more than the root names.
+    pub fn all_corrupt_pages(&self) -> Option<&[CorruptPage]> {
+        let named = &self.root.corrupt_pages;
+        (named.len() as u64 == self.plain.corrupt_pages).then_some(named)
+    }
+
     /// Opens a manifest that was fetched as `name`.
     pub fn open(bytes: Bytes, name: &ObjectName, epoch: &Epoch) -> Result<Manifest> {
         let object = Object::open(bytes, name, epoch)?;
@@ -312,6 +322,7 @@ mod tests {
             parent: None,
             corrupt_pages: 0,
             abandoned: None,
+            new_corrupt_pages: None,
         };
         let root = Root {
             cluster: "orders".parse().unwrap(),

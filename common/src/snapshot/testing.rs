@@ -26,6 +26,7 @@ pub fn plain(system: SystemId, snapshot: SnapshotId, branch: Branch) -> Manifest
         parent: None,
         corrupt_pages: 0,
         abandoned: None,
+        new_corrupt_pages: None,
     }
 }
 

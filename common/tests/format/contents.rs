@@ -193,6 +193,7 @@ pub fn pins() -> [(ObjectName, PinRecord); 2] {
         until: Some(1_795_399_200),
         released: false,
         damage: Some(snapshot()),
+        restore: None,
     };
     let name = |seq| ObjectName::Pin { system: SYSTEM, pin: damage_pin(snapshot()), seq };
     [(name(0), pin.clone()), (name(1), PinRecord { until: None, damage: None, ..pin.given_back() })]

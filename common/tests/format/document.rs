@@ -1,8 +1,9 @@
 //! What `FORMAT.md` says, read from its text, and the code held to it.
 
-use crate::contents::{fixtures, span_meta};
+use crate::contents::{fixtures, pins, span_meta};
 use crate::fixtures::all;
 use backstay_common::name::ObjectName;
+use backstay_common::pin::PinRecord;
 use backstay_common::seal::{Codec, Header, Object, ObjectKind, Suite, Unpacker};
 use backstay_common::snapshot::{FileKind, FrameUse, Manifest, ManifestPlain, PackEntry};
 use backstay_common::wal::WalVersion;
@@ -200,8 +201,15 @@ async fn records() -> BTreeMap<&'static str, Vec<Vec<u8>>> {
     let manifest = Manifest::open(objects[manifest].clone(), manifest, &epoch).unwrap();
     // As agents write them today; the stored examples are of before.
     let abandoned = Some(vec![manifest.plain.snapshot]);
-    let plain = cbor::encode(&ManifestPlain { abandoned, ..manifest.plain.clone() });
+    let plain = cbor::encode(&ManifestPlain {
+        abandoned,
+        new_corrupt_pages: Some(0),
+        ..manifest.plain.clone()
+    });
     records.entry("ManifestPlain").or_default().push(plain);
+    let (_, pin) = &pins()[0];
+    let pin = cbor::encode(&PinRecord { restore: Some(true), ..pin.clone() });
+    records.entry("PinRecord").or_default().push(pin);
     let pack = PackEntry { frame_bytes: Some(1), ..manifest.plain.packs[0].clone() };
     add(&mut records, "PackEntry", cbor::encode(&pack));
     add(&mut records, "Tablespace", cbor::encode(&manifest.root.tablespaces[0]));

@@ -221,6 +221,7 @@ fn manifest(epoch: &Epoch, packs: &[Sealed], table: BytesRef) -> Manifest {
         parent: begin().parent,
         corrupt_pages: 1,
         abandoned: None,
+        new_corrupt_pages: None,
     };
     let root = Root {
         cluster: "orders".parse().unwrap(),

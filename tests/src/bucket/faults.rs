@@ -120,6 +120,7 @@ struct Script {
     added: u64,
     refused: bool,
     conditions_ignored: bool,
+    versions_told: bool,
     chance: u64,
     counts: BTreeMap<Operation, u64>,
 }
@@ -150,6 +151,7 @@ impl Faults {
         script.faults.clear();
         script.refused = false;
         script.conditions_ignored = false;
+        script.versions_told = false;
     }
 
     /// The location is down: every connection is closed at once, until told otherwise.
@@ -172,6 +174,11 @@ impl Faults {
         self.script().conditions_ignored = ignored;
     }
 
+    /// Answers as a bucket does that keeps versions. It keeps none.
+    pub fn tell_versions(&self, told: bool) {
+        self.script().versions_told = told;
+    }
+
     /// Chances are drawn from here on.
     pub fn seed(&self, seed: u64) {
         self.script().chance = seed;
@@ -188,6 +195,10 @@ impl Faults {
 
     pub(super) fn conditions_ignored(&self) -> bool {
         self.script().conditions_ignored
+    }
+
+    pub(super) fn versions_told(&self) -> bool {
+        self.script().versions_told
     }
 
     pub(super) fn counts(&self) -> BTreeMap<Operation, u64> {

@@ -176,6 +176,7 @@ impl S3 for Store {
             accept_ranges: Some("bytes".to_string()),
             e_tag: Some(ETag::Strong(object.etag)),
             last_modified: Some(object.modified.into()),
+            version_id: self.faults.versions_told().then(|| "3HL4kqtJlcpXroDTDmJ".into()),
             ..Default::default()
         }))
     }
