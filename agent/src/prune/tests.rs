@@ -42,6 +42,8 @@ struct Sim {
     lock: AtomicI64,
     /// Or not at all.
     is_forbidden: AtomicBool,
+    /// It takes nothing, so it has no clock to show.
+    is_full: AtomicBool,
     memory: Memory,
     /// What somebody else does just before the request of this number.
     hook: Mutex<Option<(u64, Hook)>>,
@@ -61,6 +63,7 @@ impl Sim {
             used: AtomicU64::new(0),
             lock: AtomicI64::new(0),
             is_forbidden: AtomicBool::new(false),
+            is_full: AtomicBool::new(false),
             memory: Memory::default(),
             hook: Mutex::default(),
         }
@@ -151,7 +154,10 @@ impl Store for Sim {
 
     async fn clock(&self) -> Result<Timestamp> {
         self.request()?;
-        Ok(self.now())
+        match self.is_full.load(Ordering::Relaxed) {
+            true => Err(Error::new(Kind::Storage, "no space is left")),
+            false => Ok(self.now()),
+        }
     }
 
     async fn epoch(&self, _: EpochId) -> Result<Arc<Epoch>> {
@@ -988,6 +994,24 @@ fn deletions_that_are_refused_for_lack_of_rights_are_told() {
     world.stores[0].is_forbidden.store(false, Ordering::Relaxed);
     let report = world.prune();
     assert_eq!(report.refused_at(&report.locations[0].location), None, "{report}");
+}
+
+#[test]
+fn what_is_deleted_is_not_wanted_back_from_a_location_that_takes_nothing() {
+    let mut world = daily(1, 9);
+    due(&mut world);
+    world.stores[1].is_full.store(true, Ordering::Relaxed);
+    let report = world.prune();
+    assert_eq!(report.failed.len(), 1, "{report}");
+    let has = world.stores[0].names();
+    let is_gone = |name: &ObjectName| {
+        !has.contains(name) && !matches!(name, ObjectName::Condemned { .. })
+    };
+    let gone: Vec<_> = world.stores[1].names().into_iter().filter(is_gone).collect();
+    assert!(gone.len() > 5, "{report}");
+    let (_, verdict) = futures::executor::block_on(world.pruner().judgement()).unwrap();
+    let wanted: Vec<_> = gone.iter().filter(|name| !verdict.goes.contains_key(name)).collect();
+    assert!(wanted.is_empty(), "{wanted:?}");
 }
 
 /// What a look asks for when all is known: the clock, and the listing.
