@@ -118,11 +118,16 @@ impl Held {
 
     /// Nothing more is read. A location that cannot be told keeps the pin until it ends by itself.
     pub async fn give_back(self) {
-        for pin in &self.pins {
-            if let Err(error) = pin.put(true).await {
-                tracing::info!(location = %pin.location.name(), "the pin ends by itself: {}", error.message());
-            }
-        }
+        let told = self.pins.iter().map(|pin| async move {
+            let told = tokio::time::timeout(ANSWER_TIME_MAX, pin.put(true)).await;
+            let reason = match told {
+                Ok(Ok(())) => return,
+                Ok(Err(error)) => error.message().to_string(),
+                Err(_) => "no answer".to_string(),
+            };
+            tracing::info!(location = %pin.location.name(), "the pin ends by itself: {reason}");
+        });
+        futures::future::join_all(told).await;
     }
 }
 

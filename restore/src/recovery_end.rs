@@ -7,15 +7,30 @@
 
 use crate::settings_files::{AtTarget, SettingsFiles, recovery_lines};
 use crate::wal_spool::Spool;
-use backstay_common::Result;
+use backstay_common::{Context, Error, Kind, Result};
 use std::path::Path;
 
-/// Takes away the recovery settings, the WAL in the clear and the program. `ours` is the restored directory's own folder.
+/// Takes away the recovery settings, the WAL in the clear and the program. `ours` is the folder of ours in the data directory of the
+/// server that runs this, which is where it runs it.
 pub fn finish(ours: &Path) -> Result<()> {
-    let (spool, frozen) = Spool::open(ours)?;
-    let dir = ours.parent().unwrap_or(Path::new("."));
+    let here = std::env::current_dir().context("find the directory of the server")?;
+    finish_in(&here, ours)
+}
+
+/// A copy of a restored directory still names the folder of the one that it was made from, whose recovery may go on.
+fn finish_in(here: &Path, ours: &Path) -> Result<()> {
+    let ours = here.join(ours).canonicalize().context(format!("find {}", ours.display()))?;
+    let dir = ours.parent().unwrap_or(&ours);
+    if here.canonicalize().ok().as_deref() != Some(dir) {
+        let reason = format!("{} belongs to another data directory", ours.display());
+        return Err(Error::new(Kind::Config, reason).remedy(format!(
+            "take the block of `backstay` that names it out of {}/postgresql.auto.conf",
+            here.display()
+        )));
+    }
+    let (spool, frozen) = Spool::open(&ours)?;
     let files = SettingsFiles { dir, owner: spool.owner() };
-    files.finish_recovery(&recovery_lines(&frozen.plan, ours, AtTarget::Promote))?;
+    files.finish_recovery(&recovery_lines(&frozen.plan, &ours, AtTarget::Promote))?;
     spool.clear()
 }
 
@@ -42,6 +57,8 @@ mod tests {
         let safety = [setting("archive_mode", "off")];
         let auto = dir.join("postgresql.auto.conf");
         // ALTER SYSTEM, given before the cluster is open, writes the file anew without our marks.
+        let copy = tempfile::tempdir().unwrap();
+        assert_eq!(finish_in(copy.path(), &ours).unwrap_err().kind(), Kind::Config);
         for keeps_marks in [true, false] {
             files.prepare_recovery(&recovery, &safety).unwrap();
             let mut text = std::fs::read_to_string(&auto).unwrap();
@@ -51,7 +68,7 @@ mod tests {
                 text = lines.map(|line| format!("{line}\n")).collect();
                 std::fs::write(&auto, text + "recovery_target_xid = '9'\n").unwrap();
             }
-            finish(&ours).unwrap();
+            finish_in(dir, &ours).unwrap();
             let text = std::fs::read_to_string(&auto).unwrap();
             for name in recovery.iter().filter_map(|line| line.split_once(' ')).map(|line| line.0) {
                 assert_eq!(value_of(&text, name), None, "{name} in {text}");

@@ -86,9 +86,13 @@ pub async fn restore(
     report.moved_to = claim.moved_to.clone();
     ready.materialize(access, &claim, &mut report).await?;
     let spool = ready.write_settings(&claim, &mut report)?;
-    if request.start {
-        // Now that all of its configuration is here, and before it is replayed.
-        check_configured_port(ready.files())?;
+    if request.start
+        && let Err(error) = check_configured_port(ready.files())
+    {
+        // It may be free by then.
+        tracing::warn!(
+            "the restore goes on, but its server will not start as it is configured: {error}"
+        );
     }
     let source = wal_source(access, catalog, plan)?;
     let read = reader(&source);
@@ -96,11 +100,13 @@ pub async fn restore(
         true => ready.recover(&claim, &spool, &*read, &mut report).await?,
         false => ready.leave_ready(&claim, &spool, &*read, &mut report).await?,
     }
-    // All is here, whether the server then starts or not.
+    let opened = match request.start {
+        true => ready.open(&mut report).await,
+        false => Ok(()),
+    };
+    // All is here, whether the server has started or not.
     held.give_back().await;
-    if request.start {
-        ready.open(&mut report).await?;
-    }
+    opened?;
     report.total_seconds = begun.elapsed().as_secs_f64();
     Ok(report)
 }
@@ -131,12 +137,10 @@ async fn prepare<'a>(access: &Access, plan: &'a Plan, request: &'a Request) -> R
     };
     if request.start {
         refuse_root(owner)?;
+        request.port.map_or(Ok(()), |port| check_port(port, None))?;
     }
     let locations = in_order(access, plan);
     let manifest = read_manifest(&locations, &access.keyring, plan.system, plan.snapshot).await?;
-    if request.start {
-        check_known_port(request, &found, owner, &manifest)?;
-    }
     let layout =
         Layout::new(request.dir.clone(), &manifest.root.tablespaces, &request.tablespaces)?;
     if let Found::SameCluster(outside) = &found {
@@ -149,28 +153,6 @@ async fn prepare<'a>(access: &Access, plan: &'a Plan, request: &'a Request) -> R
         directory::check_room(&request.dir, plan.database_bytes + 2 * plan.wal_bytes + (64 << 20))?;
     }
     Ok(Ready { plan, request, manifest, locations, layout, found, owner, binaries })
-}
-
-/// The port, as far as it is known before anything is fetched: asked for, in the configuration of what is restored over, or in
-/// what was saved from outside the data directory.
-fn check_known_port(
-    request: &Request,
-    found: &Found,
-    owner: Owner,
-    manifest: &Manifest,
-) -> Result<()> {
-    if let Some(port) = request.port {
-        return check_port(port, None);
-    }
-    if let Found::SameCluster(_) = found {
-        return check_configured_port(SettingsFiles { dir: &request.dir, owner }).map(drop);
-    }
-    let saved = manifest.root.config_files.iter().find(|file| file.name == settings::MAIN);
-    let text = saved.map(|file| String::from_utf8_lossy(&file.content));
-    match text.and_then(|text| settings::value_of(&text, "port")?.parse().ok()) {
-        Some(port) => check_port(port, None),
-        None => Ok(()),
-    }
 }
 
 /// The port that the server will listen on, unless somebody listens there.

@@ -345,7 +345,9 @@ pub fn check_port(port: u16, socket_directory: Option<&str>) -> Result<()> {
             Kind::Config,
             format!("port {port} is taken by another server on this host"),
         )
-        .remedy("give another with --port, or stop the server that has it")),
+        .remedy(
+            "give another with --port, stop the server that has it, or restore without --start",
+        )),
     }
 }
 

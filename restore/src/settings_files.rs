@@ -213,7 +213,10 @@ impl SettingsFiles<'_> {
     /// Takes the recovery block away: the cluster is open. Its lines go one by one where `ALTER SYSTEM` took the marks.
     pub fn finish_recovery(&self, recovery: &[String]) -> Result<()> {
         let auto = self.read(AUTO)?;
-        let after = text::without_lines(&text::without_block(&auto, RECOVERY), recovery);
+        let after = match text::without_block(&auto, RECOVERY) {
+            same if same == auto => text::without_lines(&auto, recovery),
+            after => after,
+        };
         self.write(AUTO, &after)
     }
 

@@ -237,8 +237,8 @@ async fn force_moves_aside_and_never_a_running_server(scene: &Scene, major: Majo
 }
 on_drawn_major!(force_moves_aside_and_never_a_running_server);
 
-/// A server that does not start leaves a cluster that is complete, and no pin. A port that the restored configuration gives and
-/// another server has is refused before replay.
+/// A server that does not start leaves a cluster that is complete, and no pin; that it will not, because another server has the port of
+/// the restored configuration, is said before replay.
 async fn servers_that_cannot_be_opened(scene: &Scene, major: Major) -> Result<()> {
     let mut site = Site::start(scene, &major).await?;
     // Only in the file: the server that runs keeps its address.
@@ -265,8 +265,9 @@ async fn servers_that_cannot_be_opened(scene: &Scene, major: Major) -> Result<()
 
     let other = scene.path("other");
     let refused = restore(&site.deployment, &other, "latest", &start[..3]).await?.expect(2)?;
-    refused.says(&[&format!("port {}", site.cluster.port()), "remedy", "--port"])?;
-    ensure!(is_unfinished(&other), "the port was looked at when all was replayed");
+    let taken = format!("port {} is taken", site.cluster.port());
+    refused.says(&["the restore goes on", &taken, "complete, but not started"])?;
+    ensure!(!is_unfinished(&other), "it is not complete");
     Ok(())
 }
 on_drawn_major!(servers_that_cannot_be_opened);

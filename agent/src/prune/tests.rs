@@ -1004,9 +1004,8 @@ fn what_is_deleted_is_not_wanted_back_from_a_location_that_takes_nothing() {
     let report = world.prune();
     assert_eq!(report.failed.len(), 1, "{report}");
     let has = world.stores[0].names();
-    let is_gone = |name: &ObjectName| {
-        !has.contains(name) && !matches!(name, ObjectName::Condemned { .. })
-    };
+    let is_gone =
+        |name: &ObjectName| !has.contains(name) && !matches!(name, ObjectName::Condemned { .. });
     let gone: Vec<_> = world.stores[1].names().into_iter().filter(is_gone).collect();
     assert!(gone.len() > 5, "{report}");
     let (_, verdict) = futures::executor::block_on(world.pruner().judgement()).unwrap();

@@ -1,4 +1,5 @@
-//! The main configuration file and what it includes: followed inside the restored directory, never out of it.
+//! The main configuration file and what it includes: followed inside the restored directory, never out of it, not by a
+//! symbolic link either.
 
 use super::{AUTO, CLEARED_IN_MAIN, MAIN, SettingsFiles, text};
 use crate::directory::make_directory;
@@ -78,7 +79,9 @@ impl SettingsFiles<'_> {
 
     /// The files that a line of `file` includes, of those inside that are there.
     fn named_by(&self, file: &Path, include: &str, value: &str) -> Result<Vec<PathBuf>> {
-        let Some(path) = self.below(file, value) else { return Ok(Vec::new()) };
+        let Some(path) = self.below(file, value).filter(|path| self.is_inside(path)) else {
+            return Ok(Vec::new());
+        };
         if include != "include_dir" {
             return Ok(if self.dir.join(&path).is_file() { vec![path] } else { Vec::new() });
         }
@@ -90,9 +93,19 @@ impl SettingsFiles<'_> {
         let names = entries.flatten().map(|entry| entry.file_name());
         let mut names: Vec<_> = names
             .filter(|name| is_read(&name.to_string_lossy()) && folder.join(name).is_file())
+            .filter(|name| self.is_inside(&path.join(name)))
             .collect();
         names.sort();
         Ok(names.into_iter().map(|name| path.join(name)).collect())
+    }
+
+    /// False for what a link brings in from elsewhere: others may use it too.
+    fn is_inside(&self, path: &Path) -> bool {
+        let real = |path: &Path| path.canonicalize().ok();
+        match (real(self.dir), real(&self.dir.join(path))) {
+            (Some(dir), Some(path)) => path.starts_with(dir),
+            _ => true,
+        }
     }
 
     /// Where a path in `file` leads, from the restored directory; none if it leads out of it.
