@@ -24,6 +24,8 @@ pub struct AgentContext {
     /// In the order of the config.
     pub writers: Vec<Arc<Writer>>,
     pub epochs: Arc<Epochs>,
+    /// The server was away at the start, and is taken for the one that was here before.
+    pub is_recalled: bool,
     /// PostgreSQL has said that no commit waits for our spool.
     pub nobody_waits: AtomicBool,
     /// PostgreSQL has said that no commit waits for us at all.

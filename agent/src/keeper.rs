@@ -157,6 +157,8 @@ pub struct KeeperTask {
     prune_due: Option<Timestamp>,
     /// The last prune failed, at one location at least.
     prune_failed: bool,
+    /// A snapshot failed while the server was away: it is taken as soon as that is back.
+    awaits_server: bool,
     /// When the last comparison ended.
     compared: Instant,
     /// Comparisons to be made,
@@ -204,6 +206,7 @@ pub fn new(
         behind: (None, None),
         prune_due: None,
         prune_failed: false,
+        awaits_server: false,
         compared: Instant::now(),
         syncs: VecDeque::new(),
         syncing: JoinSet::new(),
@@ -294,7 +297,10 @@ impl KeeperTask {
                         (false, None) => Some((reason, Instant::now() + RETRY_AFTER)),
                     }
                 }
-                Err(_) => Some((reason, Instant::now() + RETRY_AFTER)),
+                Err(_) => {
+                    self.awaits_server = !self.wal.borrow().connected;
+                    Some((reason, Instant::now() + RETRY_AFTER))
+                }
             };
         }
     }
@@ -342,11 +348,14 @@ impl KeeperTask {
             wal.standing_by || last.is_some_and(|last| reason_of(wal, last).is_some())
         };
         let next_sync = self.next_sync().saturating_sub(self.compared.elapsed());
+        let mut server = self.wal.clone();
+        let is_back = self.awaits_server && due.is_some();
         let next_prune = self.prune_due.map_or(Duration::MAX, until);
         tokio::select! {
             () = self.context.stop.cancelled() => Wake::Stop,
             asked = self.requests.recv() => asked.map_or(Wake::Stop, Wake::Asked),
             () = tokio::time::sleep(after.min(Duration::from_secs(86_400 * 30))) => Wake::Due(reason),
+            Ok(_) = server.wait_for(|wal| wal.connected), if is_back => Wake::Due(reason),
             Ok(wal) = self.wal.wait_for(urgent), if due.is_none() => match wal.standing_by {
                 // Waits for the end of that, next.
                 true => Wake::TakeOver,
@@ -378,6 +387,7 @@ impl KeeperTask {
             let wal = self.wal.borrow();
             (wal.branch, wal.gap_end)
         };
+        self.awaits_server = false;
         let generation = self.generation().await?;
         self.pause_sync().await;
         let request = SnapshotRequest { fast_checkpoint, reason, generation };

@@ -28,7 +28,6 @@ use backstay_common::location::Location;
 use backstay_common::segment::SegmentSize;
 use backstay_common::{Context, Error, Kind, Result};
 use std::fs::File;
-use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::signal::unix::{SignalKind, signal};
@@ -58,7 +57,9 @@ pub async fn run(settings: Settings) -> Result<()> {
     let schedule = Schedule::of(&settings.snapshot)?;
     let _lock = lock_state_dir(&settings).await?;
     let alarms = Arc::new(Alarms::default());
-    let Some(server) = find_server(&settings, &alarms, &stop).await? else { return Ok(()) };
+    let Some((server, is_recalled)) = find_server(&settings, &alarms, &stop).await? else {
+        return Ok(());
+    };
 
     let keyring = Arc::new(Keyring::new(provider, settings.cluster.clone()));
     let epochs = Arc::new(Epochs::new(keyring, server.system, &settings.state_dir)?);
@@ -68,6 +69,10 @@ pub async fn run(settings: Settings) -> Result<()> {
         look_at(&location, &settings, server, &alarms).await?;
         let expected = (settings.cluster.clone(), server.system);
         writers.push(Arc::new(Writer::new(location, epochs.clone(), expected)));
+    }
+    if !is_recalled {
+        // None of the locations is another cluster's.
+        keep(&settings, server);
     }
     let listener = control::listen(&settings.state_dir)?;
     let ledger = Ledger::open(
@@ -85,6 +90,7 @@ pub async fn run(settings: Settings) -> Result<()> {
         epochs,
         nobody_waits: Default::default(),
         is_asynchronous: Default::default(),
+        is_recalled,
         alarms,
         ledger,
         systems: Systems::default(),
@@ -141,8 +147,8 @@ async fn supervise(
         let ended = tokio::select! {
             ended = tasks.join_next() => ended,
             () = &mut over => {
-                tracing::warn!("not waited for: a store or a disk does not answer");
-                None
+                let reason = "stopped, and not all has ended: a store or a disk does not answer";
+                return result.and(Err(Error::new(Kind::Storage, reason)));
             }
         };
         let Some(ended) = ended else { break };
@@ -214,54 +220,53 @@ async fn lock_state_dir(settings: &Settings) -> Result<File> {
     }
 }
 
-/// Who the server is. One that is away, or refuses us, is the one that was here last: what waits in the spool is stored all the
-/// same. `None` if the agent was stopped meanwhile.
+/// Who the server is, and whether that is only recalled: one that is away, or refuses us, is taken for the one that was here last, and what
+/// waits in the spool is stored all the same. `None` if the agent was stopped meanwhile.
 async fn find_server(
     settings: &Settings,
     alarms: &Alarms,
     stop: &CancellationToken,
-) -> Result<Option<Server>> {
-    let path = settings.state_dir.join("server");
-    let Some(known) = recall(&path)? else {
-        let found = wait_for_server(settings, alarms, stop).await?;
-        found.map(|server| keep(&path, server)).transpose()?;
-        return Ok(found);
+) -> Result<Option<(Server, bool)>> {
+    let Some(known) = recall(settings) else {
+        return Ok(wait_for_server(settings, alarms, stop).await?.map(|server| (server, false)));
     };
     let late = || Error::new(Kind::Postgres, "the server did not answer within 10 s");
     let asked = tokio::time::timeout(FIRST_LOOK, connect::identify(settings)).await;
-    match asked.unwrap_or_else(|_| Err(late())) {
-        Ok(server) => {
-            keep(&path, server)?;
-            Ok(Some(server))
-        }
+    Ok(Some(match asked.unwrap_or_else(|_| Err(late())) {
+        Ok(server) => (server, false),
         Err(error) => {
             alarms.raise("postgres-down", "", &error);
-            Ok(Some(known))
+            (known, true)
         }
-    }
+    }))
 }
 
 /// One line: system identifier, version number, bytes of a segment.
-fn keep(path: &Path, server: Server) -> Result<()> {
+const REMEMBERED: &str = "server";
+
+fn keep(settings: &Settings, server: Server) {
     let Server { system, version, segment_size } = server;
     let line = format!("{system} {version} {}\n", segment_size.bytes());
-    durable::write(path, line.as_bytes()).context(format!("write {}", path.display()))
+    let path = settings.state_dir.join(REMEMBERED);
+    if recall(settings) != Some(server)
+        && let Err(error) = durable::write(&path, line.as_bytes())
+    {
+        tracing::warn!("the server is not remembered in {}: {error}", path.display());
+    }
 }
 
-/// `None` if the file is not there, or says nothing that is understood: the server is asked then.
-fn recall(path: &Path) -> Result<Option<Server>> {
-    let text = match std::fs::read_to_string(path) {
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
-        read => read.context(format!("read {}", path.display()))?,
-    };
+/// `None` if there is no file that says it.
+fn recall(settings: &Settings) -> Option<Server> {
+    let text = std::fs::read_to_string(settings.state_dir.join(REMEMBERED)).ok()?;
     let mut words = text.split_whitespace();
     let mut next = || words.next()?.parse::<u64>().ok();
-    let (system, version, bytes) = (next(), next(), next());
-    Ok((|| {
-        let version = u32::try_from(version?).ok()?;
-        let segment_size = SegmentSize::new(u32::try_from(bytes?).ok()?)?;
-        Some(Server { system: SystemId::new(system?), version, segment_size })
-    })())
+    let (system, version, bytes) = (next()?, next()?, next()?);
+    let segment_size = SegmentSize::new(u32::try_from(bytes).ok()?)?;
+    Some(Server {
+        system: SystemId::new(system),
+        version: u32::try_from(version).ok()?,
+        segment_size,
+    })
 }
 
 /// Waits while the server is away or starting; `None` if the agent was stopped meanwhile.

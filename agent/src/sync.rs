@@ -323,6 +323,11 @@ async fn synchronise(
         let telling = Telling { context, system, place, mending };
         telling.mending.run(missing).await;
         let mended = telling.end();
+        let is_manifest =
+            |left: &Difference| matches!(left.name.parse(), Ok(ObjectName::Manifest { .. }));
+        if is_own(context, system) && !mended.left.iter().any(is_manifest) {
+            context.alarms.clear(PENDING, place.name().as_str());
+        }
         told.copied = mended.copied;
         join(&mut left, mended.damaged);
         let mut damaged = place.damaged.clone();
@@ -368,14 +373,12 @@ fn tell_what_is_pending(context: &AgentContext, place: &Place, live: &Live) {
     let is_snapshot = |name: &&ObjectName| matches!(name, ObjectName::Manifest { .. });
     let all = live.all.iter().filter(|name| is_snapshot(name) && live.is_settled(name));
     let (has, lacks): (Vec<_>, Vec<_>) = all.partition(|name| whole.contains(*name));
-    if lacks.is_empty() {
-        return;
-    }
-    let reason = match has.is_empty() {
-        true => "it has no snapshot yet: nothing can be restored from it alone".to_string(),
-        false => format!("it lacks {} snapshots that another location has", lacks.len()),
+    let reason = match (has.len(), lacks.len()) {
+        (_, 0) => return context.alarms.clear(PENDING, place.name().as_str()),
+        (0, _) => "it has no snapshot yet: nothing can be restored from it alone".to_string(),
+        (has, lacks) => format!("it has {has} of {} snapshots", has + lacks),
     };
-    context.alarms.raise(PENDING, place.name().as_str(), reason + "; they are being copied");
+    context.alarms.raise(PENDING, place.name().as_str(), reason + "; the rest is being copied");
 }
 
 /// Tells what came of a mending, also if it is dropped half way.

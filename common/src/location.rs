@@ -44,7 +44,7 @@ mod secret;
 mod settings;
 mod url;
 
-pub use fault::{is_overload, is_under_lock};
+pub use fault::{is_denied, is_overload, is_under_lock};
 pub use list::Listed;
 pub use probe::Probe;
 pub use put::{Put, PutNew};

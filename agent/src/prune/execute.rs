@@ -10,7 +10,7 @@ use super::store::Store;
 use backstay_common::condemned::{Condemned, NAMES_MAX};
 use backstay_common::id::AgentName;
 use backstay_common::keys::Epoch;
-use backstay_common::location::{is_overload, is_under_lock};
+use backstay_common::location::{is_denied, is_under_lock};
 use backstay_common::name::ObjectName;
 use backstay_common::retention::{Gone, Rules, Verdict, View};
 use backstay_common::{Context, Error, Result};
@@ -21,6 +21,8 @@ use std::time::Duration;
 
 /// Objects deleted with one call.
 const BATCH: usize = 1000;
+/// What a store failed to delete is tried again then; not what it refuses.
+const AGAIN_AFTER: Duration = Duration::from_secs(60);
 
 /// One location on its way.
 #[derive(Debug)]
@@ -175,9 +177,15 @@ impl<S: Store> Execution<'_, S> {
         let (left, deleted): (Vec<_>, Vec<_>) =
             all.into_iter().partition(|name| left.contains(name));
         (report.left, report.deleted) = (self.amount(&left), self.amount(&deleted));
-        let is_refusal = |error: &&Error| !is_under_lock(error) && !is_overload(error);
-        let refused = refusals.iter().find(is_refusal).filter(|_| !left.is_empty());
+        if left.is_empty() {
+            return Ok(());
+        }
+        let refused = refusals.iter().find(|error| is_denied(error));
         report.refused = refused.map(|error| error.message().to_string());
+        if refusals.iter().any(|error| !is_denied(error) && !is_under_lock(error)) {
+            let soon = self.look.view.now.checked_add(AGAIN_AFTER).ok();
+            report.next_due = [report.next_due, soon].into_iter().flatten().min();
+        }
         Ok(())
     }
 

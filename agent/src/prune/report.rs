@@ -57,7 +57,7 @@ pub struct LocationReport {
     pub waiting: Amount,
     /// Due, but the store would not delete it, as under object lock; it is tried again.
     pub left: Amount,
-    /// Why it would not, where that is neither a lock nor a lack of time.
+    /// Why it would not, where it does not let this identity delete.
     pub refused: Option<String>,
     /// Objects that are damaged here, and were read from another location to judge.
     pub damaged: Vec<String>,

@@ -314,8 +314,15 @@ impl Pipeline {
     /// When a piece is due. Far behind the server, or where no commit waits, there are no pieces for each commit.
     fn due(&self) -> Option<Instant> {
         let is_behind = self.server_end.get() > self.position().get() + BEHIND_BYTES;
-        let is_patient = is_behind || self.path.context.is_asynchronous.load(Ordering::Relaxed);
-        self.uncut.due(&if is_patient { self.rules.without_commits() } else { self.rules })
+        let rules = self.rules_now();
+        self.uncut.due(&if is_behind { rules.without_commits() } else { rules })
+    }
+
+    fn rules_now(&self) -> Rules {
+        match self.path.context.is_asynchronous.load(Ordering::Relaxed) {
+            true => self.rules.without_commits(),
+            false => self.rules,
+        }
     }
 
     /// Commits that came together are cut together, but none waits for those that keep coming.
@@ -439,7 +446,7 @@ impl Pipeline {
     fn cut_tail(&mut self, end: Lsn) {
         let span = Lsn::new(end.get() - 1).span_start();
         let is_tail = span < self.cut_from && self.cut_from < end && end <= self.proven;
-        if self.rules.commits_wait && is_tail && end.since(self.cut_from) <= TAIL_BYTES_MAX {
+        if self.rules_now().commits_wait && is_tail && end.since(self.cut_from) <= TAIL_BYTES_MAX {
             let summary = self.finish_piece();
             let range = LsnRange::new(self.cut_from, end);
             self.push(Cut { range, summary, clock: self.clock, is_patient: false });

@@ -32,8 +32,9 @@ const REPORT_EVERY: Duration = Duration::from_secs(5);
 const SILENCE_MAX: Duration = Duration::from_secs(60);
 /// How long a server that shuts down is kept waiting for the locations.
 const LEAVE_PATIENCE: Duration = Duration::from_secs(1);
-/// A server that waits for us asks so often in a row at least, within [`LEAVE_PATIENCE`].
-const ASKED_MIN: u32 = 5;
+/// A server that waits for us asks again as soon as we have answered; so often in a row, and within [`LEAVE_PATIENCE`], no other
+/// does.
+const ASKED_MIN: u32 = 20;
 /// How often a server from which nothing is read is asked whether it is there still.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
 
@@ -154,6 +155,7 @@ impl Receiver {
             }
             StreamMessage::Wal { start, server_end, clock_us, bytes } => {
                 let clock = PgTime(clock_us);
+                self.asked = None;
                 self.note_server(server_end, clock, false);
                 Message::Wal { start, bytes, server_end, clock }
             }
@@ -195,8 +197,8 @@ impl Receiver {
 
     fn note_asked(&mut self, at: Lsn) {
         let now = Instant::now();
-        let goes_on = |(end, since, _): &(Lsn, Instant, u32)| {
-            *end == at && since.elapsed() < 2 * LEAVE_PATIENCE
+        let goes_on = |(end, since, times): &(Lsn, Instant, u32)| {
+            *end == at && (*times >= ASKED_MIN || since.elapsed() < LEAVE_PATIENCE)
         };
         let (_, since, times) = self.asked.filter(goes_on).unwrap_or((at, now, 0));
         self.asked = Some((at, since, times + 1));

@@ -394,7 +394,9 @@ impl Session {
             let reason =
                 format!("the server is system {}, not {expected} as before", identity.system);
             self.path.context.alarms.raise("wal-foreign", "", &reason);
-            return Err(Error::new(Kind::Postgres, reason)
+            // Taken for another one at the start, it is asked again at the next.
+            let kind = if self.path.context.is_recalled { Kind::Local } else { Kind::Postgres };
+            return Err(Error::new(kind, reason)
                 .remedy("correct conninfo, or restart the agent if the server was replaced"));
         }
         self.path.context.alarms.clear("wal-foreign", "");

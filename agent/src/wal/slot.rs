@@ -50,17 +50,27 @@ pub async fn run(path: Arc<WalPath>) -> Result<()> {
     loop {
         let asked = tokio::time::timeout(ANSWER_MAX, ask(&path, &mut connection)).await;
         match asked {
-            Ok(Ok(Some(slot))) => note(&path, slot, &mut looks),
-            Ok(Ok(None)) => {}
+            Ok(Ok(Some((slot, is_asynchronous)))) => {
+                path.context.is_asynchronous.store(is_asynchronous, Ordering::Relaxed);
+                note(&path, slot, &mut looks);
+            }
             Ok(Err(error)) if error.kind() == Kind::Bug => return Err(error),
-            Ok(Err(_)) | Err(_) => connection = None,
+            other => {
+                path.context.is_asynchronous.store(false, Ordering::Relaxed);
+                if !matches!(other, Ok(Ok(None))) {
+                    connection = None;
+                }
+            }
         }
         tokio::time::sleep(EVERY).await;
     }
 }
 
-/// `None` if the slot is not there.
-async fn ask(path: &WalPath, connection: &mut Option<Connection>) -> Result<Option<SlotStatus>> {
+/// The slot, and whether the server is sure that no commit waits for us; `None` if the slot is not there.
+async fn ask(
+    path: &WalPath,
+    connection: &mut Option<Connection>,
+) -> Result<Option<(SlotStatus, bool)>> {
     let settings = &path.context.settings;
     let sql = match connection {
         Some(sql) => sql,
@@ -72,7 +82,7 @@ async fn ask(path: &WalPath, connection: &mut Option<Connection>) -> Result<Opti
     let asked = format!(
         "select s.wal_status, s.safe_wal_size, s.restart_lsn, \
          case when pg_catalog.pg_is_in_recovery() then pg_catalog.pg_last_wal_replay_lsn() \
-         else pg_catalog.pg_current_wal_lsn() end, r.sync_state \
+         else pg_catalog.pg_current_wal_lsn() end, r.sync_state, r.flush_lsn \
          from pg_catalog.pg_replication_slots s \
          left join pg_catalog.pg_stat_replication r on r.pid = s.active_pid where s.slot_name = {}",
         literal(&settings.postgres.slot)
@@ -84,13 +94,16 @@ async fn ask(path: &WalPath, connection: &mut Option<Connection>) -> Result<Opti
     // Negative once the WAL may go at the next checkpoint.
     let safe = row.get(1).and_then(|n| n.parse::<i64>().ok()).map(|n| n.max(0) as u64);
     let free = settings.postgres.data_dir.as_deref().and_then(free_bytes);
-    Ok(Some(SlotStatus {
+    let slot = SlotStatus {
         wal_status: text(0),
         held_bytes: lsn(3).zip(lsn(2)).map_or(0, |(end, restart)| end.since(restart)),
         room_bytes: safe.into_iter().chain(free).min(),
         minutes_left: None,
         sync_state: text(4),
-    }))
+    };
+    // One that has not acknowledged anything yet is called asynchronous too, and "potential" may be waited for at any moment.
+    let is_asynchronous = slot.sync_state.as_deref() == Some("async") && lsn(5).is_some();
+    Ok(Some((slot, is_asynchronous)))
 }
 
 /// On the disk of the server's WAL, if it is this host's.
@@ -107,10 +120,6 @@ fn note(path: &WalPath, mut slot: SlotStatus, looks: &mut VecDeque<(Instant, u64
     let left = oldest.and_then(|(then, held)| time_left(&slot, held, now - then));
     slot.minutes_left = left.map(|left| left.as_secs() / 60);
     path.board.update(|state| state.server.slot = Some(slot.clone()));
-    // One that is "potential" may be waited for at any moment.
-    if let Some(state) = &slot.sync_state {
-        path.context.is_asynchronous.store(state == "async", Ordering::Relaxed);
-    }
     let alarms = &path.context.alarms;
     match risk(&slot, left) {
         Some(reason) => alarms.raise("slot-at-risk", "", reason),

@@ -86,6 +86,17 @@ pub fn is_under_lock(error: &Error) -> bool {
     LOCKS.iter().any(|lock| reason.contains(lock))
 }
 
+/// Words of those that do not let an identity do something. In lower case.
+const DENIALS: [&str; 4] =
+    ["accessdenied", "permission denied", "operation not permitted", "authorization"];
+
+/// True if a store does not let this identity do something, and never will by itself.
+pub fn is_denied(error: &Error) -> bool {
+    let reason = error.message().to_ascii_lowercase();
+    let is_told = error.remedy_text() == Some(PERMISSIONS);
+    (is_told || DENIALS.iter().any(|denial| reason.contains(denial))) && !is_under_lock(error)
+}
+
 impl Store {
     fn credentials(self) -> &'static str {
         match self {

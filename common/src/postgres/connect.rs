@@ -77,7 +77,9 @@ fn summary(mut refusals: Vec<Error>) -> Error {
     }
     let messages: Vec<&str> = refusals.iter().map(Error::message).collect();
     let mut error = Error::new(Kind::Postgres, messages.join("; "));
-    if refusals.iter().any(|refusal| refusal.sqlstate() == Some(CANNOT_CONNECT_NOW)) {
+    // If that is all that any of them said.
+    let mut codes = refusals.iter().filter_map(Error::sqlstate).peekable();
+    if codes.peek().is_some() && codes.all(|code| code == CANNOT_CONNECT_NOW) {
         error = error.with_sqlstate(CANNOT_CONNECT_NOW);
     }
     match refusals.iter().find_map(Error::remedy_text) {

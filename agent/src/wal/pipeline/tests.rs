@@ -56,6 +56,7 @@ fn path(state: &Path, policy: &str) -> Arc<WalPath> {
         damage: Default::default(),
         nobody_waits: Default::default(),
         is_asynchronous: Default::default(),
+        is_recalled: false,
         alarms: Arc::default(),
         ledger: Ledger::open(state, SYSTEM, settings.agent.clone(), 0).unwrap(),
         stop: CancellationToken::new(),
