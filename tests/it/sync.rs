@@ -275,6 +275,8 @@ async fn a_new_location_delays_no_snapshot(scene: &Scene, major: Major) -> Resul
         ensure!(Instant::now() < deadline, "nothing is copied to the new location");
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
+    let alarms = site.agent.status().await?["alarms"].to_string();
+    ensure!(alarms.contains("nothing can be restored from it alone"), "{alarms}");
     let asked = Instant::now();
     let outcome = site.deployment.agent_command(&["snapshot", "--json"]).await?.success()?;
     // A request that hangs is given up after a minute, and made again three times.
@@ -285,6 +287,8 @@ async fn a_new_location_delays_no_snapshot(scene: &Scene, major: Major) -> Resul
         sync(&site, args, 0).await?;
     }
     ensure!(s3::objects(&two, "two").contains_key(&span), "{span} was not copied");
+    let alarms = site.agent.status().await?["alarms"].to_string();
+    ensure!(!alarms.contains("snapshot-pending"), "{alarms}");
     one.faults().refuse(true);
     let (restored, _) = site.restore_and_start("copy", "latest", &[]).await?;
     site.judge(&restored, &Target::All).await.map(|_| ())
