@@ -61,7 +61,7 @@ pub async fn is_waited_for(settings: &Settings) -> Result<bool> {
 
 /// True if `setting` (src/backend/replication/syncrep_gram.y) holds `application`, or `*` for anybody. The keywords FIRST
 /// and ANY, with their number, stand before parentheses; a name may be quoted; case does not matter.
-fn names(setting: &str, application: &str) -> bool {
+pub fn names(setting: &str, application: &str) -> bool {
     let list = match (setting.find('('), setting.rfind(')')) {
         (Some(open), Some(close)) if open < close && !setting[..open].contains('"') => {
             &setting[open + 1..close]

@@ -141,7 +141,7 @@ async fn requests_are_counted_and_bounded(scene: &Scene, major: Major) -> Result
     let settings = settings.flush_interval("5s").acknowledge("all");
     let mut site = Site::of(scene, cluster, settings).await?;
     site.ledger.wait_for(30, PATIENCE).await?;
-    let knows = |status: &Value| status["wal"]["slot"]["sync_state"] == "async";
+    let knows = |status: &Value| status["wal"]["slot"]["is_waited_for"] == false;
     site.agent.wait_until("it knows that no commit waits", PATIENCE, knows).await?;
 
     let before = site.agent.status().await?;

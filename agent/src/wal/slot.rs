@@ -7,6 +7,7 @@
 
 use super::WalPath;
 use crate::connect;
+use crate::synchronous;
 use backstay_common::lsn::Lsn;
 use backstay_common::postgres::{Connection, Mode, literal};
 use backstay_common::{Kind, Result};
@@ -39,8 +40,11 @@ pub struct SlotStatus {
     pub room_bytes: Option<u64>,
     /// Until then, at the present rate; none while the slot keeps up.
     pub minutes_left: Option<u64>,
-    /// PostgreSQL's `sync_state`: "async", "potential", "sync" or "quorum"; none while no stream runs.
+    /// PostgreSQL's `sync_state`: "async", "potential", "sync" or "quorum"; none while no stream runs, and for a role without
+    /// `pg_read_all_stats`.
     pub sync_state: Option<String>,
+    /// `synchronous_standby_names` names us: commits wait, or may at any moment.
+    pub is_waited_for: bool,
 }
 
 /// Runs until it is dropped.
@@ -50,8 +54,8 @@ pub async fn run(path: Arc<WalPath>) -> Result<()> {
     loop {
         let asked = tokio::time::timeout(ANSWER_MAX, ask(&path, &mut connection)).await;
         match asked {
-            Ok(Ok(Some((slot, is_asynchronous)))) => {
-                path.context.is_asynchronous.store(is_asynchronous, Ordering::Relaxed);
+            Ok(Ok(Some(slot))) => {
+                path.context.is_asynchronous.store(!slot.is_waited_for, Ordering::Relaxed);
                 note(&path, slot, &mut looks);
             }
             Ok(Err(error)) if error.kind() == Kind::Bug => return Err(error),
@@ -66,23 +70,19 @@ pub async fn run(path: Arc<WalPath>) -> Result<()> {
     }
 }
 
-/// The slot, and whether the server is sure that no commit waits for us; `None` if the slot is not there.
-async fn ask(
-    path: &WalPath,
-    connection: &mut Option<Connection>,
-) -> Result<Option<(SlotStatus, bool)>> {
+/// `None` if the slot is not there.
+async fn ask(path: &WalPath, connection: &mut Option<Connection>) -> Result<Option<SlotStatus>> {
     let settings = &path.context.settings;
+    let conninfo = connect::conninfo(settings)?;
     let sql = match connection {
         Some(sql) => sql,
-        None => {
-            let opened = Connection::connect(&connect::conninfo(settings)?, Mode::Sql).await?;
-            connection.insert(opened)
-        }
+        None => connection.insert(Connection::connect(&conninfo, Mode::Sql).await?),
     };
     let asked = format!(
         "select s.wal_status, s.safe_wal_size, s.restart_lsn, \
          case when pg_catalog.pg_is_in_recovery() then pg_catalog.pg_last_wal_replay_lsn() \
-         else pg_catalog.pg_current_wal_lsn() end, r.sync_state, r.flush_lsn \
+         else pg_catalog.pg_current_wal_lsn() end, r.sync_state, \
+         pg_catalog.current_setting('synchronous_standby_names') \
          from pg_catalog.pg_replication_slots s \
          left join pg_catalog.pg_stat_replication r on r.pid = s.active_pid where s.slot_name = {}",
         literal(&settings.postgres.slot)
@@ -94,16 +94,15 @@ async fn ask(
     // Negative once the WAL may go at the next checkpoint.
     let safe = row.get(1).and_then(|n| n.parse::<i64>().ok()).map(|n| n.max(0) as u64);
     let free = settings.postgres.data_dir.as_deref().and_then(free_bytes);
-    let slot = SlotStatus {
+    let names = row.get(5).unwrap_or_default();
+    Ok(Some(SlotStatus {
         wal_status: text(0),
         held_bytes: lsn(3).zip(lsn(2)).map_or(0, |(end, restart)| end.since(restart)),
         room_bytes: safe.into_iter().chain(free).min(),
         minutes_left: None,
         sync_state: text(4),
-    };
-    // One that has not acknowledged anything yet is called asynchronous too, and "potential" may be waited for at any moment.
-    let is_asynchronous = slot.sync_state.as_deref() == Some("async") && lsn(5).is_some();
-    Ok(Some((slot, is_asynchronous)))
+        is_waited_for: synchronous::names(names, conninfo.application_name().unwrap_or_default()),
+    }))
 }
 
 /// On the disk of the server's WAL, if it is this host's.
