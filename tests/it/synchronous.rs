@@ -404,9 +404,10 @@ async fn what_is_stored_counts_while_its_location_is_asked(
         Configuration::default().server(&cluster).acknowledge("all").flush_interval("10m");
     let configuration = with_bucket(configuration, &bucket, "slow");
     let mut site = Site::of(scene, cluster, configuration).await?;
+    // When this is stored, before the interval is over, the agent knows that commits wait.
+    synchronous(&site.cluster, "*", "sync").await?;
     site.ledger.stop().await?;
     site.all_stored().await?;
-    synchronous(&site.cluster, "*", "sync").await?;
     site.cluster.sql("CREATE TABLE waits (n int)").await?;
     let insert = "INSERT INTO waits VALUES (1)";
     let (first, second) = (site.cluster.connect().await?, site.cluster.connect().await?);
